@@ -1,0 +1,126 @@
+"""The grammar of ``python -m gnnpipe``: commands, options, help."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gnnpipe import __version__
+from gnnpipe.errors import UserError
+from gnnpipe.sources import is_override
+
+PROGRAM = "python -m gnnpipe"
+
+EXAMPLES = f"""examples:
+  {PROGRAM} train --print-config > config.yaml
+  {PROGRAM} train config.yaml model.num_layers=64 run.dir=runs/deep
+  torchrun --nproc_per_node 4 -m gnnpipe train config.yaml parallel.num_stages=4
+  {PROGRAM} evaluate runs/deep --json
+"""
+TRAIN_EXAMPLES = f"""examples:
+  {PROGRAM} train config.yaml
+  {PROGRAM} train data.name=cora data.root=data/cora training.lr=1e-3
+  {PROGRAM} train config.yaml preset=gnnpipe-paper --print-config
+  python -m launch local --nproc 4 config.yaml parallel.num_stages=4
+"""
+REFERENCE_EXAMPLES = f"""example:
+  {PROGRAM} reference config.yaml run.dir=runs/reference
+"""
+EVALUATE_EXAMPLES = f"""examples:
+  {PROGRAM} evaluate runs/default
+  {PROGRAM} evaluate runs/default --weights last --json
+"""
+PREDICT_EXAMPLES = f"""example:
+  {PROGRAM} predict runs/default --out scores.npy
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every user's mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the complaint instead of printing the usage and exiting."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def config_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits ``[CONFIG.yaml] [key=value ...]`` into the path and the overrides."""
+    if arguments and not is_override(arguments[0]):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parses; options may stand between ``arguments``, the command's free positionals."""
+    options, rest = parser.parse_known_args(argv)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown or (rest and not hasattr(options, "arguments")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.arguments = [*options.arguments, *rest]
+    return options
+
+
+def build_parser() -> Parser:
+    """The parser of every command; ``command`` names the one that was given."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Train deep graph neural networks on one large graph, in a pipeline.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gnnpipe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands, "train", "train, in as many processes as were started", TRAIN_EXAMPLES)
+    _add_run(commands, "reference", "the plain full-graph loop, one process", REFERENCE_EXAMPLES)
+    evaluate = _add_inference(
+        commands, "evaluate", "exact accuracy of saved weights", EVALUATE_EXAMPLES
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    predict = _add_inference(commands, "predict", "class scores of every node", PREDICT_EXAMPLES)
+    predict.add_argument("--out", metavar="FILE.npy", help="where to (default: in RUN_DIR)")
+    for module, help_text in (
+        ("launch", "start the processes of a run (python -m launch)"),
+        ("partition", "cut a graph into chunks (python -m partition)"),
+    ):
+        commands.add_parser(module, help=help_text, add_help=False)
+    return parser
+
+
+def _add_run(
+    commands: "argparse._SubParsersAction[Parser]", name: str, help_text: str, examples: str
+) -> None:
+    command = _add_command(commands, name, help_text, examples)
+    command.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG.yaml | key.sub=value",
+        help="a configuration file, then values that overrule it; without a file, the defaults",
+    )
+    command.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+
+
+def _add_inference(
+    commands: "argparse._SubParsersAction[Parser]", name: str, help_text: str, examples: str
+) -> Parser:
+    command = _add_command(commands, name, help_text, examples)
+    command.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run")
+    command.add_argument(
+        "--weights", choices=("best", "last"), default="best", help="which (default: best)"
+    )
+    return command
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[Parser]", name: str, help_text: str, examples: str
+) -> Parser:
+    return commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )

@@ -1,0 +1,182 @@
+"""Builds one rank's engine from a chunked graph and a list of layers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from gnnpipe.cell import Cells, build_cells
+from gnnpipe.chunk import ChunkedGraph
+from gnnpipe.comm import Comm
+from gnnpipe.counter import stream_key
+from gnnpipe.engine import Engine, Inputs, cut_before
+from gnnpipe.history import Table
+from gnnpipe.kernels import SparseRows
+from gnnpipe.losses import Targets
+from gnnpipe.models.layer import Layer
+from gnnpipe.schedule import fill_drain, split_layers
+from gnnpipe.stage import LocalLayer, Stage
+from gnnpipe.way import WayGraph, way_graph
+
+
+class Plan(NamedTuple):
+    """How the engine is to run; plain values from the configuration."""
+
+    seed: int
+    bounds: Sequence[int]
+    """First layer of each stage and, last, the number of layers."""
+    virtual_stages: int
+    period: int
+    cross_chunk_gradient: float
+
+
+def initialise(layer: Layer, *, seed: int, index: int, like: Tensor) -> Layer:
+    """Gives a layer without storage its initial weights, a function of (seed, index) alone.
+
+    Args:
+        layer: a layer on the meta device.
+        seed: the run's.
+        index: place of the layer in the model.
+        like: a tensor that gives dtype and device.
+    """
+    layer = layer.to_empty(device="cpu").to(like.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, index) >> 1)
+        layer.reset_parameters()
+    return layer.to(like.device)
+
+
+def stage_bounds(
+    layers: Sequence[Layer], chunked: ChunkedGraph, *, num_stages: int, sizes: Sequence[int] | None
+) -> list[int]:
+    """First layer of each stage and, last, the number of layers.
+
+    Args:
+        layers: the whole model.
+        chunked: gives the counts that layer costs depend on.
+        num_stages: virtual ones included.
+        sizes: layers of each stage; None balances their costs.
+    """
+    if sizes is None:
+        costs = [layer.cost(chunked.num_nodes, chunked.num_edges) for layer in layers]
+        sizes = split_layers(costs, num_stages)
+    return [sum(sizes[:stage]) for stage in range(num_stages + 1)]
+
+
+def build_engine(
+    chunked: ChunkedGraph, layers: Sequence[Layer], *, plan: Plan, comm: Comm, like: Tensor
+) -> Engine:
+    """Builds the engine of one rank.
+
+    Args:
+        chunked: the whole graph; only this rank's part is copied out of it.
+        layers: the whole model, on the meta device; this rank's layers are replaced by
+            initialised ones, layers with storage are taken as they are.
+        plan: how to run.
+        comm: this rank's messages.
+        like: a tensor that gives dtype and device.
+    """
+    mesh = comm.mesh
+    stage_rank, way = mesh.stage_rank(comm.rank), mesh.way(comm.rank)
+    bounds = plan.bounds
+    graph = way_graph(chunked, way=way, num_ways=mesh.num_ways)
+    builder = _StageBuilder(graph, plan, like)
+    stages = {}
+    for index in mesh.stages_of(stage_rank, virtual_stages=plan.virtual_stages):
+        local = range(bounds[index], bounds[index + 1])
+        stages[index] = Stage(
+            [builder.layer(i, layers[i]) for i in local],
+            halo=comm,
+            seed=plan.seed,
+            factor=plan.cross_chunk_gradient,
+        )
+    cuts = [None, *(cut_before(layers, bound) for bound in bounds[1:-1])]
+    schedule = fill_drain(mesh.num_stages, chunked.num_chunks, plan.virtual_stages)
+    inputs = _inputs(chunked, graph, like, needs_features=0 in stages)
+    return Engine(stages, cuts, actions=schedule[stage_rank], inputs=inputs, comm=comm)
+
+
+class _StageBuilder:
+    """Makes layers ready; layers with the same operator share their cells."""
+
+    def __init__(self, graph: WayGraph, plan: Plan, like: Tensor) -> None:
+        self._graph = graph
+        self._plan = plan
+        self._like = like
+        self._cells: dict[str, Cells] = {}
+
+    def layer(self, index: int, layer: Layer) -> LocalLayer:
+        """Initialises a layer without storage and gives it cells and a table."""
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            layer = initialise(layer, seed=self._plan.seed, index=index, like=self._like)
+        operator, like = layer.operator, self._like
+        if operator not in self._cells:
+            self._cells[operator] = build_cells(
+                self._graph, operator=operator, dtype=like.dtype, device=like.device
+            )
+        return LocalLayer(index, layer, self._cells[operator], self._table(layer))
+
+    def _table(self, layer: Layer) -> Table | None:
+        if layer.operator == "none":
+            return None
+        graph = self._graph
+        num_values = graph.num_rows + graph.in_mirrors.row_id.size
+        # A gather sends gradients back to the mirrors that it read; an aggregation reads the
+        # gradients of the targets of its own rows.
+        is_gather = layer.operator.startswith("edges")
+        mirrors = graph.in_mirrors if is_gather else graph.out_mirrors
+        num_gradients = graph.num_rows + mirrors.row_id.size
+        return Table(
+            num_values,
+            num_gradients,
+            layer.table_channels,
+            like=self._like,
+            period=self._plan.period,
+        )
+
+
+def _inputs(
+    chunked: ChunkedGraph, graph: WayGraph, like: Tensor, *, needs_features: bool
+) -> Inputs:
+    """This rank's features and targets, chunk by chunk."""
+    bounds = [(int(a), int(b)) for a, b in zip(graph.chunk_ptr, graph.chunk_ptr[1:], strict=False)]
+    labels = torch.from_numpy(np.asarray(chunked.labels[graph.row_id], np.int64))
+    masks = np.stack(
+        [mask[graph.row_id] for mask in (chunked.train_mask, chunked.val_mask, chunked.test_mask)]
+    )
+    whole = Targets(
+        labels.to(like.device), (torch.from_numpy(masks) & (labels >= 0)).to(like.device)
+    )
+    rows = chunked.features[graph.row_id] if needs_features else None
+    features = _Features(rows, like)
+    return Inputs(
+        features=[] if rows is None else [features.rows(a, b) for a, b in bounds],
+        all_features=lambda: features.rows(0, graph.num_rows),
+        targets=[Targets(whole.labels[a:b], whole.masks[:, a:b]) for a, b in bounds],
+        all_targets=whole,
+        num_train=int((chunked.train_mask & (chunked.labels >= 0)).sum()),
+    )
+
+
+class _Features:
+    """A way's input features; sparse ones stay sparse."""
+
+    def __init__(self, rows: Any, like: Tensor) -> None:  # Any: scipy's arrays have no types
+        self._rows = rows
+        self._like = like
+
+    def rows(self, start: int, end: int) -> Tensor | SparseRows:
+        """The rows ``start:end`` as tensors."""
+        like = self._like
+        part = self._rows[start:end]
+        if not sparse.issparse(part):
+            return torch.from_numpy(np.ascontiguousarray(part)).to(like.device, like.dtype)
+        return SparseRows.from_csr(
+            torch.from_numpy(part.indptr.astype(np.int64)).to(like.device),
+            torch.from_numpy(part.indices.astype(np.int32)).to(like.device),
+            torch.from_numpy(part.data).to(like.device, like.dtype),
+            part.shape[1],
+        )

@@ -1,0 +1,196 @@
+"""One chunk of one way, ready for the kernels: its rows, neighbours and messages.
+
+The whole graph of a way is a cell as well; evaluation runs on it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnnpipe.kernels import RowBlock
+from gnnpipe.way import Adjacency, WayGraph, with_self_loops
+
+
+class Exchange(NamedTuple):
+    """Rows that travel between the ways of a stage for one chunk."""
+
+    peer: int
+    """Way at the other end."""
+    send: Tensor
+    """Own table rows that the peer holds as mirrors, int64."""
+    receive: slice
+    """Table rows of the mirrors that the peer owns."""
+
+
+class Edges(NamedTuple):
+    """The bipartite block of a cell, for layers that gather."""
+
+    halo: Tensor
+    """Table rows read from outside the cell, ascending, int64."""
+    is_fresh_halo: Tensor
+    """Which halo rows belong to the same chunk on another way, ``[num_halo, 1]``, bool."""
+    edge_index: Tensor
+    """``[2, E]``, int64, sorted by target; sources count own rows first, then the halo."""
+    source_id: Tensor
+    """Original id of each edge's source, ``[E]``, int64."""
+    target_id: Tensor
+    """Original id of each edge's target, ``[E]``, int64."""
+
+
+class Cell(NamedTuple):
+    """The rows ``rows`` of a way's table, seen through one operator."""
+
+    rows: slice
+    """Own table rows."""
+    in_mirrors: slice
+    """Table rows of the same chunk's in-mirrors."""
+    out_mirrors: slice
+    """The same for out-mirrors."""
+    node_id: Tensor
+    """Original ids of the rows, int64."""
+    forward: RowBlock | None
+    """The operator's rows; columns are own rows and in-mirrors."""
+    backward: RowBlock | None
+    """The transposed operator's rows; columns are own rows and out-mirrors."""
+    edges: Edges | None
+    in_exchanges: list[list[Exchange]]
+    """Messages that bring the in-mirrors, one list per chunk of the cell."""
+    out_exchanges: list[list[Exchange]]
+    """Messages that bring the out-mirrors."""
+
+
+class Cells(NamedTuple):
+    """All cells of a way for one operator."""
+
+    chunks: list[Cell]
+    whole: Cell
+
+
+def build_cells(
+    graph: WayGraph, *, operator: str, dtype: torch.dtype, device: torch.device
+) -> Cells:
+    """Prepares the chunks of a way, and the way as a whole, for one operator.
+
+    Args:
+        graph: the way.
+        operator: one of a layer's operators (see ``gnnpipe.models.layer``).
+        dtype: of scales and weights.
+        device: where the arrays live.
+    """
+    builder = _Builder(graph, operator, dtype, device)
+    return Cells([builder.cell(c, c + 1) for c in range(graph.num_chunks)], builder.whole())
+
+
+class _Builder:
+    def __init__(
+        self, graph: WayGraph, operator: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.graph = graph
+        self.device = device
+        self.operator = operator
+        self.dtype = dtype
+        self.node_id = torch.from_numpy(graph.node_id[: graph.num_rows]).to(device)
+        self.adjacency = graph.incoming
+        self.forward: RowBlock | None = None
+        self.backward: RowBlock | None = None
+        if operator in ("sum", "mean", "gcn"):
+            self.forward, self.backward = self._blocks()
+        elif operator == "edges_self":
+            self.adjacency = with_self_loops(graph.incoming, keep_weight=False)
+
+    def whole(self) -> Cell:
+        return self.cell(0, self.graph.num_chunks)
+
+    def cell(self, first: int, last: int) -> Cell:
+        """The cell of the chunks ``first:last``."""
+        graph = self.graph
+        start, end = int(graph.chunk_ptr[first]), int(graph.chunk_ptr[last])
+        chunks = range(first, last)
+        return Cell(
+            rows=slice(start, end),
+            in_mirrors=self._mirror_rows(graph.in_mirrors.cell_ptr, first, last),
+            out_mirrors=self._mirror_rows(graph.out_mirrors.cell_ptr, first, last),
+            node_id=self.node_id[start:end],
+            forward=None if self.forward is None else self.forward.rows(start, end),
+            backward=None if self.backward is None else self.backward.rows(start, end),
+            edges=self._edges(first, last) if self.operator.startswith("edges") else None,
+            in_exchanges=[self._exchanges(c, is_incoming=True) for c in chunks],
+            out_exchanges=[self._exchanges(c, is_incoming=False) for c in chunks],
+        )
+
+    def _mirror_rows(self, cell_ptr: np.ndarray, first: int, last: int) -> slice:  # type: ignore[type-arg]
+        ways, base = self.graph.num_ways, self.graph.num_rows
+        return slice(base + int(cell_ptr[first * ways]), base + int(cell_ptr[last * ways]))
+
+    def _exchanges(self, chunk: int, *, is_incoming: bool) -> list[Exchange]:
+        graph = self.graph
+        mirrors = graph.in_mirrors if is_incoming else graph.out_mirrors
+        sends = (graph.in_sends if is_incoming else graph.out_sends)[chunk]
+        result = []
+        for peer in range(graph.num_ways):
+            cell = chunk * graph.num_ways + peer
+            low, high = mirrors.cell_ptr[cell] + graph.num_rows, mirrors.cell_ptr[cell + 1]
+            receive = slice(int(low), int(high) + graph.num_rows)
+            send = torch.from_numpy(sends[peer].astype(np.int64)).to(self.device)
+            if send.numel() or receive.stop > receive.start:
+                result.append(Exchange(peer, send, receive))
+        return result
+
+    def _blocks(self) -> tuple[RowBlock, RowBlock]:
+        """The operator and its transpose, over all rows of the way."""
+        graph, rows = self.graph, self.graph.num_rows
+        incoming, outgoing = graph.incoming, graph.outgoing
+        if self.operator == "gcn":
+            incoming = with_self_loops(incoming, keep_weight=True)
+            is_same = graph.outgoing is graph.incoming
+            outgoing = incoming if is_same else with_self_loops(outgoing, keep_weight=True)
+            into, out_of = (self._scale(scale) for scale in graph.gcn_scale)
+            return (
+                self._block(incoming, incoming.weight, into[:rows], into),
+                self._block(outgoing, outgoing.weight, out_of[:rows], out_of),
+            )
+        scale = self._scale(graph.mean_scale[1]) if self.operator == "mean" else None
+        row_scale = None if scale is None else scale[:rows]
+        forward = self._block(incoming, None, row_scale, None)
+        return forward, self._block(outgoing, None, None, scale)
+
+    def _scale(self, scale: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(scale).to(self.device, self.dtype)
+
+    def _block(
+        self,
+        adjacency: Adjacency,
+        weight: np.ndarray | None,  # type: ignore[type-arg]
+        row_scale: Tensor | None,
+        col_scale: Tensor | None,
+    ) -> RowBlock:
+        return RowBlock(
+            torch.from_numpy(adjacency.indptr).to(self.device),
+            torch.from_numpy(adjacency.indices).to(self.device),
+            weight=None if weight is None else self._scale(weight),
+            row_scale=row_scale,
+            col_scale=col_scale,
+        )
+
+    def _edges(self, first: int, last: int) -> Edges:
+        graph, adjacency = self.graph, self.adjacency
+        start, end = int(graph.chunk_ptr[first]), int(graph.chunk_ptr[last])
+        indptr = adjacency.indptr[start : end + 1]
+        column = adjacency.indices[indptr[0] : indptr[-1]].astype(np.int64)
+        is_own = (column >= start) & (column < end)
+        halo = np.unique(column[~is_own])
+        source = np.where(is_own, column - start, 0)
+        source[~is_own] = end - start + np.searchsorted(halo, column[~is_own])
+        target = np.repeat(np.arange(end - start), np.diff(indptr))
+        same = self._mirror_rows(graph.in_mirrors.cell_ptr, first, last)
+        is_fresh = (halo >= same.start) & (halo < same.stop)
+        arrays = (
+            halo,
+            is_fresh[:, None],
+            np.stack((source, target)),
+            graph.node_id[column],
+            graph.node_id[start + target],
+        )
+        return Edges(*(torch.from_numpy(array).to(self.device) for array in arrays))

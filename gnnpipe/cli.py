@@ -1,0 +1,200 @@
+"""The commands of ``python -m gnnpipe``: parse, check what is cheap to check, then run.
+
+Nothing heavy is imported at the top. A mistake is told before torch loads, and the numbers of
+threads are in the environment before numpy, numba and torch read them.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from gnnpipe import environment, preflight
+from gnnpipe.arguments import PROGRAM, build_parser, config_arguments, parse
+from gnnpipe.config import Config, load_config, to_yaml
+from gnnpipe.errors import PeerError, UserError
+
+PASSED_ON = ("launch", "partition")
+INTERRUPT_WAIT_S = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0, 2 for a user's mistake, 1 for a failed run, 130 when interrupted.
+    """
+    environment.end_with_parent()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(arguments))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Runs ``action`` and turns its errors into messages on stderr and an exit status."""
+    try:
+        return action()
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if _is_mistake(error):
+            tell("error: " + " ".join(str(error).split("\n")))
+            return 2
+        prefix = f"[rank {os.environ.get('RANK', '0')}] "
+        is_other = isinstance(error, PeerError)  # That rank shows the traceback.
+        trace = [str(error)] if is_other else traceback.format_exception(error)
+        lines = "".join(trace).splitlines()
+        # One write, so that lines of several ranks do not mix.
+        sys.stderr.write("".join(f"{prefix}{line}\n" for line in lines))
+        return 1
+
+
+def tell(line: str) -> None:
+    """Writes a line that concerns every rank once."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(line + "\n")
+
+
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in PASSED_ON:
+        return _run_module(argv[0], argv[1:])
+    options = parse(build_parser(), argv)
+    commands: Mapping[str, Callable[[argparse.Namespace], None]] = {
+        "train": _train,
+        "reference": _reference,
+        "evaluate": _evaluate,
+        "predict": _predict,
+    }
+    commands[options.command](options)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _load(options)
+    if options.print_config:
+        return _print_config(config)
+    world_size = environment.world_size()
+    preflight.check_world_size(config, world_size)
+    _prepare(config, world_size)
+    from gnnpipe.trainer import train
+
+    with preflight.user_directory(config.run.dir, "run.dir"):
+        train(config)
+
+
+def _reference(options: argparse.Namespace) -> None:
+    config = _load(options)
+    if options.print_config:
+        return _print_config(config)
+    preflight.check_single_process("reference", environment.world_size())
+    _prepare(config, 1)
+    from gnnpipe.trainer import run_reference
+
+    with preflight.user_directory(config.run.dir, "run.dir"):
+        run_reference(config)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _prepare_inference("evaluate", options.run_dir)
+    from gnnpipe.inference import evaluate_run
+
+    result = evaluate_run(options.run_dir, weights=options.weights)
+    print(json.dumps(result) if options.json else "\n".join(_lines(result)))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    _prepare_inference("predict", options.run_dir)
+    name, directory = "RUN_DIR", options.run_dir
+    if options.out is not None:
+        name, directory = "--out", str(Path(options.out).parent)
+        if not options.out.endswith(".npy") or Path(options.out).is_dir():
+            raise UserError(f"`--out` (={options.out}) must be the name of a .npy file")
+    preflight.check_writable(directory, name)
+    from gnnpipe.inference import predict_run
+
+    with preflight.user_directory(directory, name):
+        print(predict_run(options.run_dir, weights=options.weights, out=options.out))
+
+
+def _load(options: argparse.Namespace) -> Config:
+    if not options.arguments and not options.print_config:
+        raise UserError(
+            f"CONFIG.yaml is missing; give a file or key=value, see "
+            f"`{PROGRAM} {options.command} --help`"
+        )
+    return load_config(*config_arguments(options.arguments))
+
+
+def _print_config(config: Config) -> None:
+    if environment.rank() == 0:
+        sys.stdout.write(to_yaml(config))
+
+
+def _prepare(config: Config, world_size: int) -> None:
+    """Checks the paths and settles the threads: the last step before heavy imports."""
+    preflight.check_inputs(config)
+    if environment.rank() == 0:
+        preflight.check_writable(config.run.dir, "run.dir")
+    threads = preflight.resolve_threads(config, world_size)
+    os.environ.update(preflight.thread_variables(threads))
+
+
+def _prepare_inference(command: str, run_dir: str) -> None:
+    preflight.check_single_process(command, environment.world_size())
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"RUN_DIR (={run_dir}) must hold a config.yaml; give a finished run")
+    threads = preflight.resolve_threads(load_config(str(path)), 1)
+    os.environ.update(preflight.thread_variables(threads))
+
+
+def _run_module(module: str, argv: Sequence[str]) -> int:
+    """Runs ``python -m module`` as a child and passes signals and its status on."""
+    # -P: a package of this name in the working directory is not ours.
+    command = [sys.executable, "-P", "-m", module, *argv]
+    child = subprocess.Popen(command, env=environment.child_environment({}))
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, forward)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        try:  # A terminal has interrupted the child too; `kill -INT` has not.
+            status = child.wait(INTERRUPT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            status = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return status if status >= 0 else 128 - status
+
+
+def _is_mistake(error: Exception) -> bool:
+    # Not imported: partition loads numpy. If nobody has, this is no PartitionError.
+    errors = sys.modules.get("partition.errors")
+    return isinstance(error, UserError) or (
+        errors is not None and isinstance(error, errors.PartitionError)
+    )
+
+
+def _lines(result: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Nested figures as ``accuracy.test  0.8123`` lines."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            text = f"{value:.4f}" if isinstance(value, float) else str(value)
+            lines.append(f"{prefix + key:<24} {text}")
+    return lines

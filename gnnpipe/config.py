@@ -1,0 +1,162 @@
+"""The configuration of a run: its sections, filled from preset < file < overrides.
+
+Pure Python, so that a mistake is found before anything heavy loads.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from gnnpipe.errors import UserError
+from gnnpipe.fields import check_keys, check_seed, convert, dotted, settle, shown
+from gnnpipe.sections import (
+    MODEL_OPTIONS,
+    DataConfig,
+    HistoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    PartitionConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from gnnpipe.sources import merge, read_file, read_override
+
+PresetName = Literal["gnnpipe-paper"]
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "gnnpipe-paper": {
+        "partition": {"num_chunks": 32, "method": "metis-grouped"},
+        "model": {"num_layers": 32, "hidden_channels": 100, "dropout": 0.5},
+        "training": {"lr": 1e-3, "weight_decay": 0.0, "eval_every": 50},
+        "history": {
+            "period": 23,
+            "warm_start": "zeros",
+            "order": "shuffled",
+            "cross_chunk_gradient": 2.0,
+        },
+    }
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run, completely: what ``config.yaml`` in a run directory holds."""
+
+    preset: PresetName | None = None
+    """A named set of values below the file's: gnnpipe-paper is the published method."""
+    seed: int = 0
+    """Seed of weights, chunk orders and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    history: HistoryConfig = dataclasses.field(default_factory=HistoryConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        settle(self, "")
+        check_seed("seed", self.seed)
+        self._check_stages()
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.parallel.num_stages * self.parallel.num_ways
+
+    def _check_stages(self) -> None:
+        num_layers, stages = self.model.num_layers + 2, self.parallel.total_stages
+        if stages > num_layers:
+            raise UserError(
+                f"`parallel.num_stages` x `parallel.virtual_stages` (={stages}) must be at most "
+                f"`model.num_layers` + 2 (={num_layers}); use fewer stages or a deeper model"
+            )
+        split = self.parallel.layers_per_stage
+        if split is not None and (
+            len(split) != stages or min(split) < 1 or sum(split) != num_layers
+        ):
+            raise UserError(
+                f"`parallel.layers_per_stage` (={shown(list(split))}) must hold {stages} "
+                f"numbers of at least 1 with the sum {num_layers} (`model.num_layers` + 2); "
+                "or set it to null"
+            )
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration file and lays ``key.sub=value`` overrides on it.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: arguments such as ``model.dropout=0.3``; the last of a key counts.
+
+    Raises:
+        UserError: when anything in them is not as it must be.
+    """
+    mapping = read_file(path) if path is not None else {}
+    text_keys = _text_keys()
+    for override in overrides:
+        mapping = merge(mapping, read_override(override, text_keys))
+    return from_dict(mapping)
+
+
+def from_dict(mapping: Mapping[Any, Any]) -> Config:
+    """Builds a configuration from nested mappings; what is left out keeps its default."""
+    keys = _keys()
+    check_keys(mapping, "", keys)
+    preset = convert(mapping.get("preset"), PresetName | None, "preset")
+    values = merge(PRESETS.get(str(preset), {}), mapping)
+    for name, hint in get_type_hints(Config).items():
+        if name in values and dataclasses.is_dataclass(hint):
+            values[name] = _section(values[name], name, hint, keys)
+    return Config(**values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, without other models' options."""
+    values = dataclasses.asdict(config)
+    options = {key for each in MODEL_OPTIONS.values() for key in each}
+    for key in options - set(MODEL_OPTIONS[config.model.name]):
+        del values["model"][key]
+    split = config.parallel.layers_per_stage
+    values["parallel"]["layers_per_stage"] = None if split is None else list(split)
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as the text of a file that gives it back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _section(values: object, name: str, cls: Any, keys: Mapping[str, Sequence[str]]) -> object:
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"`{name}` (={shown(values)}) must be a section of keys, such as {keys[name][0]}"
+        )
+    check_keys(values, name, keys)
+    return cls(**values)
+
+
+def _keys() -> dict[str, list[str]]:
+    """The valid keys of each section; those at the top under the empty name."""
+    hints = get_type_hints(Config)
+    keys = {"": list(hints)}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            keys[name] = [field.name for field in dataclasses.fields(hint)]
+    return keys
+
+
+def _text_keys() -> dict[str, bool]:
+    """Dotted keys whose value is free text, and whether they take null."""
+    found = {}
+    for section, hint in get_type_hints(Config).items():
+        for name, kind in get_type_hints(hint).items() if dataclasses.is_dataclass(hint) else ():
+            if kind is str or str in get_args(kind):
+                found[dotted(section, name)] = kind is not str
+    return found

@@ -1,0 +1,243 @@
+"""Interprets one rank's list of actions: the pipeline at work.
+
+The engine moves chunks through the rank's stages in the order the schedule says. What a chunk's
+rows mean is the stage's business, how they travel is ``comm``'s.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gnnpipe.comm import Comm, Inbox, Message
+from gnnpipe.kernels import SparseRows
+from gnnpipe.losses import Targets, count_correct, cross_entropy
+from gnnpipe.models.layer import Layer
+from gnnpipe.schedule import Action
+from gnnpipe.stage import Flow, Stage
+
+
+class Cut(NamedTuple):
+    """What crosses the boundary in front of a stage."""
+
+    channels: int
+    carried: tuple[tuple[str, int], ...]
+    """Name and width of each carried tensor, sorted by name."""
+
+    def items(self) -> list[tuple[str | None, int]]:
+        """Name (None for the activation) and width of everything, in sending order."""
+        return [(None, self.channels), *self.carried]
+
+
+def cut_before(layers: Sequence[Layer], position: int) -> Cut:
+    """The cut in front of ``layers[position]``: carried tensors that are still to be read."""
+    written = {
+        name: layer.carried_channels(name) for layer in layers[:position] for name in layer.writes
+    }
+    read = {name for layer in layers[position:] for name in layer.reads}
+    carried = tuple(sorted((name, written[name]) for name in read & written.keys()))
+    return Cut(layers[position - 1].out_channels, carried)
+
+
+class Inputs(NamedTuple):
+    """What the first and the last stage read, for this rank's rows."""
+
+    features: list[Tensor | SparseRows]
+    """Input rows of each chunk; empty where the rank does not hold the first stage."""
+    all_features: Callable[[], Tensor | SparseRows]
+    """Input rows of all chunks, for evaluation."""
+    targets: list[Targets]
+    """Labels and masks of each chunk."""
+    all_targets: Targets
+    num_train: int
+    """Training nodes of the whole graph."""
+
+
+class Engine:
+    """One rank of the pipeline.
+
+    Args:
+        stages: this rank's stages by stage index.
+        cuts: what crosses in front of each stage of the whole pipeline; None before the first.
+        actions: this rank's part of the schedule, one step.
+        inputs: features and labels of this rank's rows.
+        comm: its messages.
+    """
+
+    def __init__(
+        self,
+        stages: dict[int, Stage],
+        cuts: Sequence[Cut | None],
+        *,
+        actions: Sequence[Action],
+        inputs: Inputs,
+        comm: Comm,
+    ) -> None:
+        self.stages = stages
+        self._cuts = cuts
+        self._actions = actions
+        self._inputs = inputs
+        self._comm = comm
+        self._last = len(cuts) - 1
+        self._chunk_sizes = [targets.labels.numel() for targets in inputs.targets]
+        self._handed: dict[tuple[int, str, int], Flow] = {}
+        self._loss_gradients: dict[int, Tensor] = {}
+
+    def train_step(self, epoch: int, order: Sequence[int]) -> float:
+        """Runs all actions; parameter gradients are complete afterwards.
+
+        Args:
+            epoch: counted from 1.
+            order: chunk at each position.
+
+        Returns:
+            This rank's part of the loss: the sum over its chunks where it holds the last
+            stage, 0 elsewhere.
+        """
+        for stage in self.stages.values():
+            stage.start_epoch(epoch)
+        inbox = self._comm.inbox(list(self._expected(order)))
+        loss = 0.0
+        for action in self._actions:
+            self._comm.during(repr(action))
+            chunk = order[action.chunk_index]
+            if action.kind == "F":
+                loss += self._forward(action, chunk, inbox)
+            else:
+                self._backward(action, chunk, inbox)
+        for stage in self.stages.values():
+            self._comm.reduce_over_ways([p.grad for p in stage.parameters if p.grad is not None])
+            stage.end_epoch()
+        self._comm.flush()
+        return loss
+
+    def infer(self, *, into_tables: bool = False) -> Tensor | None:
+        """Exact full-graph inference, stage after stage.
+
+        Args:
+            into_tables: leave the exact values in the tables, as first history.
+
+        Returns:
+            Logits of this rank's rows ``[num_rows, num_classes]`` where it holds the last stage.
+        """
+        rows = sum(self._chunk_sizes)
+        logits = None
+        with self._comm.counted_as("evaluation"):
+            for index, stage in sorted(self.stages.items()):
+                action = Action(index, "F", 0)
+                self._comm.during(f"inference of stage {index}")
+                flow = self._whole_input(action, rows)
+                out = stage.infer(flow, into_tables=into_tables)
+                if index == self._last:
+                    assert isinstance(out.x, Tensor)
+                    logits = out.x
+                else:
+                    self._hand_over(action._replace(stage_index=index + 1), out, rows)
+            self._comm.flush()
+        return logits
+
+    def evaluate(self) -> Tensor:
+        """Counts right predictions over all ranks: ``[3, 2]``, see ``count_correct``."""
+        logits = self.infer()
+        counts = torch.zeros((3, 2), dtype=torch.int64)
+        if logits is not None:
+            counts = count_correct(logits, self._inputs.all_targets)
+        return self._comm.sum_over_ranks(counts)
+
+    def _forward(self, action: Action, chunk: int, inbox: Inbox) -> float:
+        if action.stage_index == 0:
+            flow = Flow(self._inputs.features[chunk], {})
+        else:
+            flow = self._obtain(action, inbox)
+        out = self.stages[action.stage_index].forward(chunk, flow)
+        if action.stage_index < self._last:
+            following = action._replace(stage_index=action.stage_index + 1)
+            self._hand_over(following, out, self._chunk_sizes[chunk])
+            return 0.0
+        assert isinstance(out.x, Tensor)
+        targets = self._inputs.targets[chunk]
+        loss, self._loss_gradients[chunk] = cross_entropy(
+            out.x, targets.labels, targets.masks[0], num_train=self._inputs.num_train
+        )
+        return float(loss)
+
+    def _backward(self, action: Action, chunk: int, inbox: Inbox) -> None:
+        if action.stage_index == self._last:
+            flow = Flow(self._loss_gradients.pop(chunk), {})
+        else:
+            flow = self._obtain(action, inbox)
+        gradient = self.stages[action.stage_index].backward(chunk, flow)
+        if action.stage_index > 0:
+            previous = action._replace(stage_index=action.stage_index - 1)
+            self._hand_over(previous, gradient, self._chunk_sizes[chunk])
+
+    def _source(self, action: Action) -> int:
+        """Rank that sends an action its input."""
+        step = -1 if action.kind == "F" else 1
+        return self._rank_of(action.stage_index + step)
+
+    def _rank_of(self, stage_index: int) -> int:
+        mesh = self._comm.mesh
+        return mesh.rank_of(mesh.home(stage_index), mesh.way(self._comm.rank))
+
+    def _cut(self, action: Action) -> Cut:
+        """What the input of an action consists of."""
+        cut = self._cuts[action.stage_index + (action.kind == "B")]
+        assert cut is not None
+        return cut
+
+    def _messages(self, action: Action, peer: int, num_rows: int) -> Iterable[Message]:
+        """The messages that make up the input of an action."""
+        for item, (name, channels) in enumerate(self._cut(action).items()):
+            yield Message(
+                peer=peer,
+                tag=_tag(action, item, len(self._chunk_sizes)),
+                shape=(num_rows, channels),
+                kind="boundary" if name is None else "carried",
+                channel="forward" if action.kind == "F" else "backward",
+                name=f"for {action!r}",
+            )
+
+    def _expected(self, order: Sequence[int]) -> Iterable[Message]:
+        """Everything that other ranks send during a step, in the order of need."""
+        for action in self._actions:
+            is_end = action.stage_index == (0 if action.kind == "F" else self._last)
+            if not is_end and self._source(action) != self._comm.rank:
+                num_rows = self._chunk_sizes[order[action.chunk_index]]
+                yield from self._messages(action, self._source(action), num_rows)
+
+    def _obtain(self, action: Action, inbox: Inbox) -> Flow:
+        """The input of an action, from the inbox or from another stage of this rank."""
+        if self._source(action) == self._comm.rank:
+            return self._handed.pop(tuple(action))
+        names = [name for name, _ in self._cut(action).items()]
+        tensors = {name: inbox.take() for name in names}
+        return Flow(tensors.pop(None), {str(name): value for name, value in tensors.items()})
+
+    def _hand_over(self, action: Action, flow: Flow, num_rows: int) -> None:
+        """Gives an action its input, here or on the rank that will run it."""
+        peer = self._rank_of(action.stage_index)
+        values = {name: flow.carried[name] for name, _ in self._cut(action).carried}
+        if peer == self._comm.rank:
+            self._handed[tuple(action)] = Flow(flow.x, values)
+            return
+        assert isinstance(flow.x, Tensor)
+        for message, value in zip(
+            self._messages(action, peer, num_rows), (flow.x, *values.values()), strict=True
+        ):
+            self._comm.send(value, message)
+
+    def _whole_input(self, action: Action, num_rows: int) -> Flow:
+        if action.stage_index == 0:
+            return Flow(self._inputs.all_features(), {})
+        if self._source(action) == self._comm.rank:
+            return self._handed.pop(tuple(action))
+        messages = list(self._messages(action, self._source(action), num_rows))
+        return self._obtain(action, self._comm.inbox(messages))
+
+
+def _tag(action: Action, item: int, num_chunks: int) -> int:
+    """A number that no other message between the same two ranks has in one step."""
+    position = action.stage_index * num_chunks + action.chunk_index
+    return (position * 2 + (action.kind == "B")) * 8 + item

@@ -1,0 +1,159 @@
+"""The one thing that knows about staleness: a layer's table of fresh and historical values.
+
+A row of the table is overwritten when its chunk is computed. Whoever reads the table in between
+sees fresh values of the chunks done before it in this epoch's order and last epoch's values of
+the others, without asking which is which. Backward runs in exactly the reverse order, so the
+same trick holds for gradients: the rows of the gradient table that are not zero belong to the
+chunks that came later in the order, and those are exactly the readers of this chunk's fresh
+values::
+
+    order 0 1 2           forward of chunk 1            backward of chunk 1
+    values    [fresh 0 | fresh 1 | historical 2]
+    gradient                                        [0 | own of 1 | done: 2]
+
+A gradient that crosses chunks is multiplied by ``cross_chunk_gradient`` (GNNPipe, arXiv
+2308.10087): each ordered pair of chunks is fresh in half of the random orders, so a factor of 2
+restores the expectation of a single crossing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gnnpipe.cell import Cell, Exchange
+from gnnpipe.kernels import aggregate
+
+
+class Halo(Protocol):
+    """Moves table rows between the ways of a stage."""
+
+    def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
+        """Sends own rows to the peers that mirror them and receives the mirrors in place."""
+
+    def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
+        """Sends mirror rows to their owners, who add them to their rows, peer by peer."""
+
+
+class Table:
+    """Values and gradients of the tensor that one layer aggregates or gathers.
+
+    Args:
+        num_values: own rows and in-mirrors.
+        num_gradients: own rows and the mirrors of the backward; 0 for inference.
+        channels: width.
+        like: a tensor that gives dtype and device.
+        period: epochs between refreshes of the historical values, see :meth:`start_epoch`.
+    """
+
+    def __init__(
+        self, num_values: int, num_gradients: int, channels: int, *, like: Tensor, period: int
+    ) -> None:
+        self.values = like.new_zeros((num_values, channels))
+        self.gradients = like.new_zeros((num_gradients, channels))
+        self._period = period
+        self._snapshot = self.values.clone() if period > 1 else None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Makes last epoch's values historical; with a period, the frozen snapshot instead.
+
+        Epochs count from 1. Snapshots are taken at the end of every ``period``-th epoch.
+        """
+        self.gradients.zero_()
+        if self._snapshot is not None and (epoch - 1) % self._period != 0:
+            self.values.copy_(self._snapshot)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Takes the snapshot when a period ends."""
+        if self._snapshot is not None and epoch % self._period == 0:
+            self._snapshot.copy_(self.values)
+
+    def warm(self) -> None:
+        """Takes the values as they stand for the first history."""
+        if self._snapshot is not None:
+            self._snapshot.copy_(self.values)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all arrays, bytes."""
+        arrays = [self.values, self.gradients]
+        arrays += [] if self._snapshot is None else [self._snapshot]
+        return sum(array.numel() * array.element_size() for array in arrays)
+
+
+class Reader:
+    """Reads and writes one table for one cell, under autograd."""
+
+    def __init__(self, table: Table, cell: Cell, halo: Halo, *, factor: float) -> None:
+        self.table = table
+        self.cell = cell
+        self.halo = halo
+        self.factor = factor
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        """The operator's rows times the table, after ``x`` became the cell's rows."""
+        out: Tensor = _Aggregate.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``x`` and below it the halo rows, after ``x`` became the cell's rows."""
+        out: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def write(self, x: Tensor) -> None:
+        """Makes the cell's rows fresh, here and in the mirrors of the other ways."""
+        self.table.values[self.cell.rows] = x
+        for exchanges in self.cell.in_exchanges:
+            self.halo.pull(self.table.values, exchanges)
+
+
+class _Aggregate(torch.autograd.Function):
+    """``z = A[cell, :] @ values``, and ``dx = A.T[cell, :] @ gradients``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
+        ctx.reader = reader
+        reader.write(x.detach())
+        assert reader.cell.forward is not None
+        return aggregate(reader.cell.forward, reader.table.values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        reader: Reader = ctx.reader
+        cell, gradients = reader.cell, reader.table.gradients
+        gradients[cell.rows] = grads[0]
+        for exchanges in cell.out_exchanges:
+            reader.halo.pull(gradients, exchanges)
+        assert cell.backward is not None
+        dx = aggregate(cell.backward, gradients)
+        # From here on these rows are read by other chunks only. Co-processed cells of the
+        # other ways belong to this chunk: their mirrors were read with factor 1 above.
+        gradients[cell.rows] *= reader.factor
+        gradients[cell.out_mirrors] *= reader.factor
+        return dx, None
+
+
+class _Gather(torch.autograd.Function):
+    """``x_src = [x; values[halo]]``; gradients of halo rows are added to the gradient table."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
+        ctx.reader = reader
+        reader.write(x.detach())
+        assert reader.cell.edges is not None
+        return torch.cat((x.detach(), reader.table.values[reader.cell.edges.halo]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        reader: Reader = ctx.reader
+        cell, gradients = reader.cell, reader.table.gradients
+        edges, num_rows = cell.edges, cell.rows.stop - cell.rows.start
+        assert edges is not None
+        outside = grads[0][num_rows:]
+        # Rows of chunks that come later in the order were historical. They are done already
+        # in the backward, so what is added to them here is never read.
+        gradients[edges.halo] += torch.where(edges.is_fresh_halo, outside, outside * reader.factor)
+        for exchanges in cell.in_exchanges:
+            reader.halo.push(gradients, exchanges)
+        return grads[0][:num_rows] + gradients[cell.rows], None

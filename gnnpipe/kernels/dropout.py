@@ -1,0 +1,103 @@
+"""Dropout whose mask is a function of what it is for: no state to keep, store or replay.
+
+Entry (row, column) stays when a 32-bit hash of (key, row id, column) is at least ``p * 2^32``;
+the key folds (seed, epoch, layer, site). The mask is drawn again in the backward.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnnpipe.kernels import cpu, fallback
+from gnnpipe.kernels.sparse import SparseRows
+
+
+def _threshold(p: float) -> int:
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+class _Ids(tuple[Tensor, ...]):
+    """Ids of the rows: ``(node_id,)``, or ``(source_id, target_id)`` of edges."""
+
+    __slots__ = ()
+
+
+def _apply(x: Tensor, ids: _Ids, p: float, key: int) -> Tensor:
+    threshold, scale = _threshold(p), 1.0 / (1.0 - p)
+    if x.device.type != "cpu":
+        keys = (fallback.row_keys if len(ids) == 1 else fallback.edge_keys)(*ids, key)
+        return x * (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
+    out = torch.empty_like(x)
+    kernel = cpu.dropout_rows if len(ids) == 1 else cpu.dropout_edges
+    arrays = [part.numpy() for part in ids]
+    number = x.numpy().dtype.type
+    arguments = (np.uint64(key), np.uint32(threshold), number(scale), out.numpy())
+    kernel(x.numpy(), *arrays, *arguments, work=x.numel())
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(  # Any: torch's context
+        ctx: Any, x: Tensor, ids: _Ids, p: float, key: int
+    ) -> Tensor:
+        ctx.arguments = ids, p, key
+        return _apply(x.detach().contiguous(), ids, p, key)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None
+
+
+def dropout_rows(
+    x: Tensor | SparseRows, node_id: Tensor, *, p: float, key: int
+) -> Tensor | SparseRows:
+    """Drops entries of rows, keyed by node id and column.
+
+    Args:
+        x: ``[num_rows, F]``, dense or sparse; of sparse rows the stored entries are dropped by
+            the same rule, which equals dropping the dense matrix.
+        node_id: original id of each row's node, ``[num_rows]``, int64.
+        p: probability of a zero, in [0, 1).
+        key: unsigned 64-bit key of the stream.
+
+    Returns:
+        The kept entries times ``1 / (1 - p)``, zeros elsewhere.
+    """
+    if isinstance(x, Tensor):
+        out: Tensor = _Dropout.apply(x, _Ids((node_id,)), p, key)  # type: ignore[no-untyped-call]
+        return out
+    return x._replace(values=_apply_entries(x, node_id, p, key))
+
+
+def _apply_entries(x: SparseRows, node_id: Tensor, p: float, key: int) -> Tensor:
+    threshold, scale = _threshold(p), 1.0 / (1.0 - p)
+    if x.values.device.type != "cpu":
+        keys = fallback.row_keys(node_id, key).repeat_interleave(x.indptr.diff())
+        mask = fallback.keep_entries(keys, x.indices, threshold)
+        return x.values * (mask * scale).to(x.values.dtype)
+    out = torch.empty_like(x.values)
+    number = x.values.numpy().dtype.type
+    arrays = (x.indptr.numpy(), x.indices.numpy(), x.values.numpy(), node_id.numpy())
+    arguments = (np.uint64(key), np.uint32(threshold), number(scale), out.numpy())
+    cpu.dropout_entries(*arrays, *arguments, work=out.numel())
+    return out
+
+
+def dropout_edges(
+    x: Tensor, source_id: Tensor, target_id: Tensor, *, p: float, key: int
+) -> Tensor:
+    """Drops values on edges, keyed by source id, target id and head.
+
+    Args:
+        x: ``[E, heads]``.
+        source_id: original id of each edge's source, ``[E]``, int64.
+        target_id: original id of each edge's target, ``[E]``, int64.
+        p: probability of a zero, in [0, 1).
+        key: unsigned 64-bit key of the stream.
+    """
+    ids = _Ids((source_id, target_id))
+    out: Tensor = _Dropout.apply(x, ids, p, key)  # type: ignore[no-untyped-call]
+    return out

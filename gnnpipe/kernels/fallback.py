@@ -1,0 +1,53 @@
+"""The same kernels in plain torch, for devices without their own and as an oracle."""
+
+import torch
+from torch import Tensor
+
+from gnnpipe.counter import GOLDEN_64
+
+_LOW_32 = 0xFFFFFFFF
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of the unsigned ``value``; torch multiplies modulo 2^64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift(value, 31)
+
+
+def _draw(row_key: Tensor, column: Tensor) -> Tensor:
+    z = (row_key & _LOW_32) ^ ((column * 0x9E3779B9) & _LOW_32)
+    z = (z + _shift(row_key, 32)) & _LOW_32
+    z = ((z ^ (z >> 16)) * 0x7FEB352D) & _LOW_32
+    z = ((z ^ (z >> 15)) * 0x846CA68B) & _LOW_32
+    return z ^ (z >> 16)
+
+
+def row_keys(node_id: Tensor, key: int) -> Tensor:
+    """The 64-bit key of each row."""
+    return _mix((node_id * _signed(GOLDEN_64)) ^ _signed(key))
+
+
+def edge_keys(source_id: Tensor, target_id: Tensor, key: int) -> Tensor:
+    """The 64-bit key of each edge."""
+    return _mix((target_id * _signed(GOLDEN_64)) ^ row_keys(source_id, key))
+
+
+def keep_mask(keys: Tensor, num_columns: int, threshold: int) -> Tensor:
+    """Which entries ``[num_rows, num_columns]`` stay."""
+    column = torch.arange(num_columns, device=keys.device)
+    return _draw(keys.unsqueeze(1), column) >= threshold
+
+
+def keep_entries(keys: Tensor, column: Tensor, threshold: int) -> Tensor:
+    """Which entries stay, one key and one column each."""
+    return _draw(keys, column.long()) >= threshold

@@ -1,0 +1,173 @@
+"""Rows of a sparse matrix, and their products with dense tables."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gnnpipe.kernels import cpu
+
+
+class RowBlock:
+    """Some rows of a sparse matrix whose columns are the rows of a table.
+
+    The matrix is ``diag(row_scale) @ (weight at indices) @ diag(col_scale)``; a missing factor
+    is one. ``indptr`` holds absolute offsets, so blocks of one matrix share their arrays.
+
+    Args:
+        indptr: ``[num_rows + 1]``, int64, offsets into ``indices`` and ``weight``.
+        indices: column of each entry, int32.
+        weight: value of each entry, or None for ones.
+        row_scale: factor of each row of the block, ``[num_rows]``, or None.
+        col_scale: factor of each column, ``[num_columns]``, or None.
+    """
+
+    def __init__(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        *,
+        weight: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        col_scale: Tensor | None = None,
+    ) -> None:
+        self.indptr = indptr
+        self.indices = indices
+        self.weight = weight
+        self.row_scale = row_scale
+        self.col_scale = col_scale
+        self.num_rows = indptr.numel() - 1
+        self.num_entries = int(indptr[-1] - indptr[0])
+
+    def rows(self, start: int, end: int) -> "RowBlock":
+        """The block of rows ``start:end``; nothing is copied."""
+        return RowBlock(
+            self.indptr[start : end + 1],
+            self.indices,
+            weight=self.weight,
+            row_scale=None if self.row_scale is None else self.row_scale[start:end],
+            col_scale=self.col_scale,
+        )
+
+    @cached_property
+    def numpy(self) -> tuple[Any, ...]:  # Any: numpy arrays of several dtypes, or None
+        """The five arrays as numpy sees them, without a copy."""
+        parts = (self.indptr, self.indices, self.weight, self.row_scale, self.col_scale)
+        return tuple(None if part is None else part.numpy() for part in parts)
+
+    def matrix(self, num_columns: int, dtype: torch.dtype) -> Tensor:
+        """The block as a torch CSR tensor ``[num_rows, num_columns]``, built on first use."""
+        if self._matrix is None:
+            self._matrix = self._build_matrix(num_columns, dtype)
+        return self._matrix
+
+    _matrix: Tensor | None = None
+
+    def _build_matrix(self, num_columns: int, dtype: torch.dtype) -> Tensor:
+        start, end = int(self.indptr[0]), int(self.indptr[-1])
+        indices = self.indices[start:end].long()
+        values = torch.ones(end - start, dtype=dtype, device=indices.device)
+        if self.weight is not None:
+            values = values * self.weight[start:end]
+        if self.col_scale is not None:
+            values = values * self.col_scale[indices]
+        if self.row_scale is not None:
+            values = values * self.row_scale.repeat_interleave(self.indptr.diff())
+        size = (self.num_rows, num_columns)
+        return torch.sparse_csr_tensor(self.indptr - start, indices, values, size)
+
+
+def aggregate(block: RowBlock, table: Tensor) -> Tensor:
+    """Multiplies a row block with a table.
+
+    ``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]`` over the entries
+    ``e`` of row ``i``.
+
+    Args:
+        block: the rows.
+        table: ``[num_columns, F]``, contiguous, float32 or float64.
+
+    Returns:
+        ``[block.num_rows, F]``.
+    """
+    if table.device.type != "cpu":
+        return block.matrix(table.shape[0], table.dtype) @ table
+    out = torch.empty((block.num_rows, table.shape[1]), dtype=table.dtype)
+    work = block.num_entries * table.shape[1]
+    cpu.aggregate(*block.numpy, table.numpy(), out.numpy(), work=work)
+    return out
+
+
+class SparseRows(NamedTuple):
+    """Some rows of a sparse feature matrix, in CSR.
+
+    The transposed order is kept beside it for the gradient of a weight that it multiplies.
+    """
+
+    indptr: Tensor
+    """``[num_rows + 1]``, int64, from 0."""
+    indices: Tensor
+    """Column of each entry, int32."""
+    values: Tensor
+    """Value of each entry."""
+    transposed_indptr: Tensor
+    """``[num_columns + 1]``, int64."""
+    transposed_indices: Tensor
+    """Row of each entry in column order, int32."""
+    transposed_order: Tensor
+    """Position in ``values`` of each entry in column order, int64."""
+
+    @staticmethod
+    def from_csr(indptr: Tensor, indices: Tensor, values: Tensor, num_columns: int) -> "SparseRows":
+        """Builds the transposed order of CSR arrays whose ``indptr`` starts at 0."""
+        order = torch.argsort(indices, stable=True)
+        row = torch.arange(indptr.numel() - 1, device=indptr.device)
+        row = row.repeat_interleave(indptr.diff()).int()
+        count = torch.bincount(indices.long(), minlength=num_columns)
+        transposed = torch.zeros(num_columns + 1, dtype=torch.int64, device=indptr.device)
+        torch.cumsum(count, 0, out=transposed[1:])
+        return SparseRows(indptr, indices, values, transposed, row[order], order)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.indptr.numel() - 1, self.transposed_indptr.numel() - 1
+
+    def product(self, weight: Tensor) -> Tensor:
+        """``self @ weight``."""
+        return aggregate(RowBlock(self.indptr, self.indices, weight=self.values), weight)
+
+    def transposed_product(self, y: Tensor) -> Tensor:
+        """``self.T @ y``."""
+        values = self.values[self.transposed_order]
+        block = RowBlock(self.transposed_indptr, self.transposed_indices, weight=values)
+        return aggregate(block, y)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: SparseRows) -> Tensor:  # Any: torch's context
+        ctx.x = x
+        return x.product(weight.detach().t().contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.x.transposed_product(grads[0].contiguous()).t(), None
+
+
+def linear(x: Tensor | SparseRows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for dense or sparse rows.
+
+    Args:
+        x: ``[num_rows, in_channels]``.
+        weight: ``[out_channels, in_channels]``.
+        bias: ``[out_channels]`` or None.
+
+    Returns:
+        ``[num_rows, out_channels]``.
+    """
+    if isinstance(x, Tensor):
+        return torch.nn.functional.linear(x, weight, bias)
+    out: Tensor = _SparseLinear.apply(weight, x)  # type: ignore[no-untyped-call]
+    return out if bias is None else out + bias

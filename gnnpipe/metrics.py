@@ -1,0 +1,144 @@
+"""What is measured in an epoch, the file it goes to, and the figures drawn from all epochs.
+
+``metrics.jsonl`` holds one JSON object per epoch. JSON has no NaN, so NaN and infinities become
+``null``; all other numbers keep their full precision.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gnnpipe.errors import UserError
+
+NUM_WARM_UP_EPOCHS = 5  # compilation and first allocations fall into these
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch did, over all ranks."""
+
+    epoch: int
+    """Counted from 1."""
+    loss: float
+    """Training loss."""
+    epoch_s: float
+    """Wall time, without evaluation."""
+    bubble_fraction: float
+    """Idle share of all ranks' time."""
+    comm_bytes: Mapping[str, int]
+    """Payload sent, summed over ranks: boundary, carried, halo, gradient; evaluation apart."""
+    peak_memory_bytes: Sequence[int]
+    """``[ranks]``."""
+    table_bytes: Sequence[int]
+    """Size of the tables of fresh and historical rows, ``[ranks]``."""
+    compute_s: Sequence[float]
+    """``[ranks]``."""
+    wait_s: Mapping[str, Sequence[float]]
+    """For each kind of message, ``[ranks]``."""
+    accuracy: Mapping[str, float] | None = None
+    """train, val and test; ``None`` when the epoch did not end with an evaluation."""
+    evaluation_s: float | None = None
+    """Wall time of the evaluation."""
+
+
+class Best(NamedTuple):
+    """The evaluation with the highest validation figure, the earliest of ties."""
+
+    epoch: int
+    val: float
+    test: float | None
+
+
+class Tally:
+    """Folds epoch records into the figures of ``summary.json``."""
+
+    def __init__(self) -> None:
+        self.best: Best | None = None
+        self._last: EpochRecord | None = None
+        self._epoch_s: list[float] = []
+        self._peak_bytes: list[int] = []
+
+    def add(self, record: EpochRecord) -> None:
+        """Takes the next epoch in."""
+        assert record.epoch == len(self._epoch_s) + 1, f"epoch {record.epoch} is out of turn"
+        self._last = record
+        self._epoch_s.append(record.epoch_s)
+        earlier = self._peak_bytes or [0] * len(record.peak_memory_bytes)
+        self._peak_bytes = list(map(max, earlier, record.peak_memory_bytes))
+        val = (record.accuracy or {}).get("val", math.nan)
+        # NaN (nobody to validate on) is never better.
+        if val > (-math.inf if self.best is None else self.best.val):
+            self.best = Best(record.epoch, val, (record.accuracy or {}).get("test"))
+
+    def figures(self) -> dict[str, Any]:
+        """The derived figures; those that nothing is known about are ``None``."""
+        steady_s = self._epoch_s[NUM_WARM_UP_EPOCHS:] or self._epoch_s
+        comm_bytes = self._last.comm_bytes if self._last else {}
+        return {
+            "epochs": len(self._epoch_s),
+            "best_epoch": self.best.epoch if self.best else None,
+            "val_at_best": self.best.val if self.best else None,
+            "test_at_best": self.best.test if self.best else None,
+            "median_epoch_s": statistics.median(steady_s) if steady_s else None,
+            # Of the last epoch. Evaluations do not happen every epoch.
+            "comm_bytes_per_epoch": {k: n for k, n in comm_bytes.items() if k != "evaluation"},
+            "peak_memory_bytes": {
+                "max": max(self._peak_bytes, default=0),
+                "per_rank": self._peak_bytes,
+            },
+        }
+
+
+def metrics_line(record: EpochRecord) -> str:
+    """A record as one line of ``metrics.jsonl``; what was not measured is left out."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return json_text({name: value for name, value in values.items() if value is not None}) + "\n"
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """JSON as the standard has it: NaN and infinities become ``null``."""
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl``: one dict per epoch.
+
+    A last line without its line end is what a killed run was writing: it is left out.
+
+    Raises:
+        UserError: The file cannot be read, or another line is damaged.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"`path` (={path}) must be a readable file of metrics ({error.strerror}); name the"
+            " metrics.jsonl of a run"
+        ) from None
+    records = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"`path` (={path}) must hold one JSON object per line, line {number} is damaged;"
+                " delete that line"
+            )
+        records.append(record)
+    return records
+
+
+def _finite(value: Any) -> Any:  # JSON values have no narrower type
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value

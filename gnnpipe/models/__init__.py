@@ -1,0 +1,100 @@
+"""Models as flat lists of layers that can be cut anywhere.
+
+Every model is an input layer, ``num_layers`` convolutions and an output layer; between any two
+of them the rows are ``hidden_channels`` wide, beside what the layers carry.
+"""
+
+from collections.abc import Mapping
+
+from gnnpipe.errors import UserError
+from gnnpipe.models.gat import GATLayer
+from gnnpipe.models.gcn import GCNLayer
+from gnnpipe.models.gcnii import GCNIILayer
+from gnnpipe.models.gin import GINLayer
+from gnnpipe.models.io import InputLayer, OutputLayer
+from gnnpipe.models.layer import GraphView, Layer
+from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
+from gnnpipe.models.sage import SAGELayer
+
+__all__ = ["OPTIONS", "GraphView", "Layer", "build_layers"]
+
+OPTIONS: Mapping[str, Mapping[str, float]] = {
+    "gcn": {},
+    "sage": {},
+    "gin": {"train_eps": False},
+    "gat": {"heads": 8},
+    "gcnii": {"alpha": 0.1, "theta": 0.5},
+    "resgcn+": {},
+}
+"""Each model's own options and their defaults."""
+
+
+def build_layers(
+    name: str,
+    *,
+    in_channels: int,
+    hidden_channels: int,
+    out_channels: int,
+    num_layers: int,
+    dropout: float,
+    options: Mapping[str, float],
+    row_entries: float | None = None,
+) -> list[Layer]:
+    """Builds a model, with weights drawn from torch's global generator.
+
+    Args:
+        name: a key of :data:`OPTIONS`.
+        in_channels: number of features.
+        hidden_channels: width of the rows between layers.
+        out_channels: number of classes.
+        num_layers: number of convolutions.
+        dropout: probability of a zero, in [0, 1).
+        options: the model's own options; missing ones take their defaults.
+        row_entries: mean number of stored features of a node, for the cost of sparse features;
+            None for dense ones.
+
+    Returns:
+        ``num_layers + 2`` layers.
+
+    Raises:
+        UserError: an unknown model or option, or heads that do not divide the width.
+    """
+    chosen = _choose(name, options)
+    writes = ("h0",) if name == "gcnii" else ()
+    first = InputLayer(
+        in_channels, hidden_channels, dropout=dropout, writes=writes, row_entries=row_entries
+    )
+    indices = range(1, num_layers + 1)
+    middle = [_convolution(name, hidden_channels, i, dropout, chosen) for i in indices]
+    head = ResGCNOutputLayer if name == "resgcn+" else OutputLayer
+    return [first, *middle, head(hidden_channels, out_channels, dropout=dropout)]
+
+
+def _choose(name: str, options: Mapping[str, float]) -> Mapping[str, float]:
+    if name not in OPTIONS:
+        raise UserError(f"`model.name` (={name}) is unknown; choose from {', '.join(OPTIONS)}")
+    for key in options:
+        if key not in OPTIONS[name]:
+            known = ", ".join(OPTIONS[name]) or "none"
+            raise UserError(f"`model.{key}` is no option of {name}; its options: {known}")
+    return {**OPTIONS[name], **options}
+
+
+def _convolution(
+    name: str, channels: int, layer_index: int, dropout: float, options: Mapping[str, float]
+) -> Layer:
+    match name:
+        case "gcn":
+            return GCNLayer(channels, channels, dropout=dropout)
+        case "sage":
+            return SAGELayer(channels, channels, dropout=dropout)
+        case "gin":
+            train_eps = bool(options["train_eps"])
+            return GINLayer(channels, channels, dropout=dropout, train_eps=train_eps)
+        case "gat":
+            return GATLayer(channels, channels, heads=int(options["heads"]), dropout=dropout)
+        case "gcnii":
+            alpha, theta = options["alpha"], options["theta"]
+            return GCNIILayer(channels, layer_index, dropout=dropout, alpha=alpha, theta=theta)
+        case _:
+            return ResGCNLayer(channels, dropout=dropout)

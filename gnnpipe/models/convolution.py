@@ -1,0 +1,45 @@
+"""The frame that the plain models share: dropout, convolution, ReLU."""
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from gnnpipe.models.layer import GraphView, Layer
+
+
+class Convolution(Layer):
+    """A convolution between dropout and ReLU.
+
+    ``forward(x) = relu(convolve(dropout(x)))``: what neighbours read is already dropped out.
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        dropout: probability of a zero in the input, in [0, 1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.dropout = dropout
+
+    @abstractmethod
+    def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
+        """The convolution alone: ``[num_rows, in_channels]`` to ``[num_rows, out_channels]``."""
+
+    def forward(self, x: Tensor, graph: GraphView) -> Tensor:
+        """Drops out, convolves and rectifies the rows."""
+        return self.convolve(graph.dropout(x, self.dropout), graph).relu()
+
+
+def glorot(weight: Tensor) -> None:
+    """Fills ``[..., a, b]`` uniformly within ``sqrt(6 / (a + b))``, as torch_geometric does.
+
+    torch's own ``xavier_uniform_`` counts the leading dimensions of attention vectors too.
+    """
+    bound = math.sqrt(6.0 / (weight.size(-2) + weight.size(-1)))
+    with torch.no_grad():
+        weight.uniform_(-bound, bound)

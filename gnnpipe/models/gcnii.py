@@ -1,0 +1,63 @@
+"""GCNII: a deep GCN that keeps adding its first hidden rows, so depth does not wash them out."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gnnpipe.models.convolution import Convolution, glorot
+from gnnpipe.models.cost import dense_flops, edge_flops
+from gnnpipe.models.layer import GraphView
+
+
+class GCNIILayer(Convolution):
+    """Chen et al., "Simple and deep graph convolutional networks".
+
+    With ``P = D^-1/2 (A + I) D^-1/2``, ``beta = ln(theta / layer_index + 1)`` and the carried
+    rows ``h0`` of the input layer::
+
+        s = (1 - alpha) P x + alpha h0
+        convolve(x) = (1 - beta) s + beta s W
+
+    equal to torch_geometric's ``GCN2Conv`` with shared weights.
+
+    Args:
+        channels: width of the input and of the output.
+        layer_index: place among the convolutions, from 1.
+        dropout: probability of a zero in the input, in [0, 1).
+        alpha: share of ``h0``.
+        theta: strength of the weight; it fades with depth.
+    """
+
+    operator = "gcn"
+    reads = ("h0",)
+
+    def __init__(
+        self,
+        channels: int,
+        layer_index: int,
+        *,
+        dropout: float = 0.0,
+        alpha: float = 0.1,
+        theta: float = 0.5,
+    ) -> None:
+        super().__init__(channels, channels, dropout=dropout)
+        self.table_channels = channels
+        self.alpha = alpha
+        self.beta = math.log(theta / layer_index + 1.0)
+        self.weight1 = nn.Parameter(torch.empty(channels, channels))
+        self.reset_parameters()
+
+    def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
+        """Mixes the normalised sum with ``h0`` and, a little, with its transformed self."""
+        s = (1.0 - self.alpha) * graph.aggregate(x) + self.alpha * graph.carried("h0")
+        return torch.addmm(s, s, self.weight1, beta=1.0 - self.beta, alpha=self.beta)
+
+    def reset_parameters(self) -> None:
+        """Draws the weight by Glorot's rule."""
+        glorot(self.weight1)
+
+    def cost(self, num_nodes: int, num_edges: int) -> float:
+        """One dense product and one sum over the edges."""
+        dense = dense_flops(num_nodes, self.in_channels, self.out_channels)
+        return dense + edge_flops(num_edges + num_nodes, self.table_channels)

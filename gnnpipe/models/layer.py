@@ -1,0 +1,101 @@
+"""What a layer is, and what it may ask of the graph.
+
+A layer is row-wise autograd code around at most one look at the neighbours, through the
+:class:`GraphView` it receives. It does not know whether its rows are one chunk of a pipeline,
+the part of a way, or the whole graph.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from gnnpipe.kernels import SparseRows
+
+Rows = TypeVar("Rows", Tensor, SparseRows)
+Operator = Literal["none", "sum", "mean", "gcn", "edges", "edges_self"]
+
+
+class GraphView(Protocol):
+    """The neighbourhood of some rows: a chunk while training, all rows in evaluation."""
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        """Multiplies the layer's operator with the table that holds ``x``.
+
+        Args:
+            x: the rows' own values, ``[num_rows, F]``; they become the fresh values that
+                other chunks read, and next epoch's historical ones.
+
+        Returns:
+            The weighted sums over the in-neighbours, ``[num_rows, F]``.
+        """
+        ...
+
+    def gather(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Collects the values of the rows and of their in-neighbours.
+
+        Args:
+            x: the rows' own values, ``[num_rows, F]``.
+
+        Returns:
+            ``x_src [num_src, F]``, own rows first, and ``edge_index [2, E]``, int64, sorted by
+            target: sources as rows of ``x_src``, targets as rows of ``x``.
+        """
+        ...
+
+    def dropout(self, x: Rows, p: float) -> Rows:
+        """Zeroes entries with probability ``p`` by counter, keyed by original node id."""
+        ...
+
+    def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
+        """The same for values on the edges of ``gather``, ``[E, heads]``."""
+        ...
+
+    def carry(self, name: str, value: Tensor) -> None:
+        """Hands ``value [num_rows, F]`` to later layers that read ``name``."""
+        ...
+
+    def carried(self, name: str) -> Tensor:
+        """The rows' value that an earlier layer carried under ``name``."""
+        ...
+
+
+class Layer(nn.Module, ABC):
+    """One layer of a deep GNN; a model is a list of them that can be cut anywhere."""
+
+    operator: Operator = "none"
+    """How the layer sees its neighbours.
+
+    ``sum`` A, ``mean`` D^-1 A, ``gcn`` D^-1/2 (A + I) D^-1/2 with in-degrees, all through
+    ``aggregate``; ``edges`` and ``edges_self`` (exactly one self-loop per node) through
+    ``gather``; ``none`` is row-wise.
+    """
+    table_channels: int = 0
+    """Width of the tensor handed to ``aggregate`` or ``gather``; 0 for row-wise layers."""
+    reads: tuple[str, ...] = ()
+    """Names of the carried tensors that the layer reads."""
+    writes: tuple[str, ...] = ()
+    """Names of the carried tensors that the layer hands on."""
+
+    in_channels: int
+    out_channels: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, graph: GraphView) -> Tensor:
+        """Maps the rows ``[num_rows, in_channels]`` to ``[num_rows, out_channels]``.
+
+        The input layer may receive :class:`SparseRows`; its annotation says so.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew from torch's global generator."""
+
+    @abstractmethod
+    def cost(self, num_nodes: int, num_edges: int) -> float:
+        """Estimates the work of one epoch, in floating-point operations."""
+
+    def carried_channels(self, name: str) -> int:
+        """Width of the carried tensor ``name`` that this layer writes."""
+        assert name in self.writes, name
+        return self.out_channels

@@ -1,0 +1,43 @@
+"""GraphSAGE: the mean over the neighbours beside the node's own row."""
+
+from torch import Tensor, nn
+
+from gnnpipe.models.convolution import Convolution
+from gnnpipe.models.cost import dense_flops, edge_flops
+from gnnpipe.models.layer import GraphView
+
+
+class SAGELayer(Convolution):
+    """Hamilton, Ying and Leskovec, "Inductive representation learning on large graphs".
+
+    ``convolve(x) = (D^-1 A x) W_l^T + b + x W_r^T``, equal to torch_geometric's ``SAGEConv``
+    with ``aggr="mean"``; edge weights play no part.
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        dropout: probability of a zero in the input, in [0, 1).
+    """
+
+    operator = "mean"
+
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0) -> None:
+        super().__init__(in_channels, out_channels, dropout=dropout)
+        self.table_channels = in_channels
+        self.lin_l = nn.Linear(in_channels, out_channels)
+        self.lin_r = nn.Linear(in_channels, out_channels, bias=False)
+
+    def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
+        """Adds the transformed mean of the neighbours and the transformed row."""
+        h: Tensor = self.lin_l(graph.aggregate(x)) + self.lin_r(x)
+        return h
+
+    def reset_parameters(self) -> None:
+        """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
+        self.lin_l.reset_parameters()
+        self.lin_r.reset_parameters()
+
+    def cost(self, num_nodes: int, num_edges: int) -> float:
+        """Two dense products and one sum over the edges."""
+        dense = dense_flops(num_nodes, self.in_channels, self.out_channels)
+        return 2.0 * dense + edge_flops(num_edges, self.table_channels)

@@ -1,0 +1,102 @@
+"""The plain full-graph loop: the oracle that the pipeline is compared with, and its baseline.
+
+Original node order, torch.sparse and autograd: no chunk, table, kernel or schedule that the
+pipeline uses appears here, so that the two can only agree by being right.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gnnpipe.full_graph import FullGraph, FullGraphView
+from gnnpipe.graph import Graph
+from gnnpipe.models.layer import Layer
+
+
+class Reference:
+    """Trains a list of layers on the whole graph at once.
+
+    Args:
+        graph: nodes with one label each; -1 is unlabelled.
+        layers: the model, with its initial weights; their dtype and device are the loop's.
+        seed: seed of the dropout masks.
+        lr: Adam's learning rate.
+        weight_decay: factor of each weight that is added to its gradient.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        layers: Sequence[Layer],
+        *,
+        seed: int,
+        lr: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        assert graph.labels.ndim == 1, "the loop knows single labels only"
+        self.layers = nn.ModuleList(layers)
+        weight = next(self.layers.parameters())
+        self._seed = seed
+        self._full = FullGraph(graph, dtype=weight.dtype, device=weight.device)
+        self._labels = torch.from_numpy(graph.labels).to(weight.device)  # [N]
+        self._nodes = {
+            split: torch.from_numpy(np.flatnonzero(mask & (graph.labels >= 0))).to(weight.device)
+            for split, mask in _splits(graph).items()
+        }
+        self._optimizer = torch.optim.Adam(
+            self.layers.parameters(), lr=lr, weight_decay=weight_decay, foreach=False
+        )
+
+    def train_epoch(self, epoch: int) -> float:
+        """Takes one optimizer step.
+
+        Args:
+            epoch: number of the epoch, from 1; it chooses the dropout masks.
+
+        Returns:
+            The mean cross entropy over the labelled training nodes, before the step.
+        """
+        train = self._nodes["train"]
+        self._optimizer.zero_grad()
+        logits = self._forward((self._seed, epoch))
+        total = nn.functional.cross_entropy(logits[train], self._labels[train], reduction="sum")
+        loss = total / train.numel()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
+        self._optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """Returns the class scores of all nodes without dropout, ``[N, num_classes]``."""
+        return self._forward(None)
+
+    def accuracy(self, logits: Tensor) -> dict[str, float | None]:
+        """Returns the share of right classes in ``train``, ``val`` and ``test``.
+
+        Args:
+            logits: class scores, ``[N, num_classes]``.
+
+        Returns:
+            Fractions of the labelled nodes of each split; None where there are none.
+        """
+        right = logits.argmax(1) == self._labels  # [N]
+        return {
+            split: int(right[nodes].sum()) / nodes.numel() if nodes.numel() else None
+            for split, nodes in self._nodes.items()
+        }
+
+    def _forward(self, stream: tuple[int, int] | None) -> Tensor:
+        x = self._full.features
+        carried: dict[str, Tensor] = {}
+        for layer_index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            parts = None if stream is None else (*stream, layer_index)
+            x = layer(x, FullGraphView(self._full, layer.operator, stream=parts, carried=carried))
+        return x
+
+
+def _splits(graph: Graph) -> dict[str, NDArray[np.bool_]]:
+    return {"train": graph.train_mask, "val": graph.val_mask, "test": graph.test_mask}

@@ -1,0 +1,162 @@
+"""The run directory: what lies in it, and whether a new run may use it.
+
+It imports nothing heavy, so that a user's mistake is found before torch loads.
+"""
+
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gnnpipe.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_DIR = "tensorboard"
+WEIGHTS_DIR = "weights"
+# Anything else (a partition, a launcher's logs) does not make a directory somebody's run.
+RUN_MARKS = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, WEIGHTS_DIR)
+WAY_OUT = "choose another run.dir or delete it"
+
+
+def prepare_run_directory(path: str | Path, config_text: str) -> dict[str, Any] | None:
+    """Makes a directory ready for a run, or finds that the run is already done.
+
+    Args:
+        path: The run directory, created with its parents.
+        config_text: The resolved configuration as YAML.
+
+    Returns:
+        ``None`` when the run may start; the summary when the directory holds a finished run of
+        the same configuration (``run.dir`` aside: a moved run is the same run).
+
+    Raises:
+        UserError: The directory cannot be written, or holds an unfinished or another run.
+    """
+    directory = Path(path)
+    _make_writable(directory)
+    if not any((directory / name).exists() for name in RUN_MARKS):
+        return None
+    if not all((directory / name).exists() for name in (CONFIG_FILE, SUMMARY_FILE)):
+        raise UserError(f"`run.dir` (={directory}) holds an unfinished run; {WAY_OUT}")
+    try:
+        summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        there = _flatten(yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        summary, there = None, {}
+    if not isinstance(summary, dict) or not there:
+        raise UserError(
+            f"`run.dir` (={directory}) must hold a readable {CONFIG_FILE} and {SUMMARY_FILE}, one"
+            f" is damaged; {WAY_OUT}"
+        )
+    here = _flatten(yaml.safe_load(config_text))
+    keys = [*here, *(key for key in there if key not in here)]
+    differing = [
+        f"{key} ({_shown(there, key)} there, {_shown(here, key)} here)"
+        for key in keys
+        if key != "run.dir" and _shown(there, key) != _shown(here, key)
+    ]
+    if differing:
+        raise UserError(
+            f"`run.dir` (={directory}) holds a finished run of another configuration: "
+            f"{', '.join(differing)}; {WAY_OUT}"
+        )
+    return summary
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it: all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary_text(summary: Mapping[str, Any], directory: str | Path) -> str:
+    """Says in a few lines how a run went, where its files are and what to try next.
+
+    Args:
+        summary: The content of ``summary.json``.
+        directory: The run directory.
+    """
+    directory = Path(directory)
+    lines = [
+        f"best   {_best(summary)}",
+        f"time   {_number(summary['wall_s'], '.1f')} s, "
+        f"{_number(summary['median_epoch_s'], '.0f', scale=1e3)} ms/epoch (median)",
+        f"size   {summary['num_parameters']:,} parameters on {summary['world_size']} rank(s), "
+        f"{_megabytes(summary['peak_memory_bytes']['max'])} at most on one",
+        f"sent   {_sent(summary['comm_bytes_per_epoch'])}",
+        f"files  {directory}: {', '.join(_contents(directory))}",
+    ]
+    place = shlex.quote(str(directory))
+    if (directory / TENSORBOARD_DIR).exists():
+        lines.append(f"next   tensorboard --logdir {place}")
+    lines.append(f"next   python -m gnnpipe evaluate {place}")
+    return "\n".join(lines)
+
+
+def _make_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Asks the file system itself: permission bits say nothing about read-only mounts.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"`run.dir` (={directory}) must be a directory that can be written"
+            f" ({error.strerror}); choose another run.dir"
+        ) from None
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings: ``{"run": {"dir": 1}}`` becomes ``{"run.dir": 1}``."""
+    if not isinstance(tree, Mapping):
+        return {prefix[:-1]: tree} if prefix else {}
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}."))
+    return flat
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    """A value as JSON would show it: null is a value, a key that is missing is not."""
+    return json.dumps(flat[key], default=str) if key in flat else "not set"
+
+
+def _best(summary: Mapping[str, Any]) -> str:
+    if summary["best_epoch"] is None:
+        return "unknown: no epoch has a validation figure"
+    test = _number(summary["test_at_best"], ".4f")
+    return f"epoch {summary['best_epoch']}: val {summary['val_at_best']:.4f}, test {test}"
+
+
+def _sent(comm_bytes: Mapping[str, int]) -> str:
+    parts = [f"{kind} {_megabytes(count)}" for kind, count in comm_bytes.items() if count]
+    return f"{', '.join(parts)} per epoch" if parts else "nothing: one rank"
+
+
+def _contents(directory: Path) -> list[str]:
+    names = (*RUN_MARKS, TENSORBOARD_DIR)
+    return [
+        name + "/" * (directory / name).is_dir() for name in names if (directory / name).exists()
+    ]
+
+
+def _number(value: float | None, form: str, *, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,300 @@
+"""Pipeline schedules as data: one list of actions for each rank of the pipeline.
+
+One engine interprets the lists and one simulator predicts them, so a new schedule is a
+function that returns lists. Backwards run in exactly the reverse of the forwards (gradients
+of fresh rows flow from later chunks to earlier ones), which rules out 1F1B: no backward can
+start before the last forward of its stage.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate
+from math import ceil, floor
+from typing import Literal, NamedTuple
+
+from gnnpipe.counter import stream_key
+from gnnpipe.errors import UserError
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot run, or that would not compute one whole step."""
+
+
+class Action(NamedTuple):
+    """One unit of work. Prints as ``1F0``: stage 1, forward, chunk 0.
+
+    The chunk is its position in the epoch's order, so a schedule is the same every epoch.
+    """
+
+    stage_index: int
+    kind: Literal["F", "B"]
+    chunk_index: int
+
+    def __repr__(self) -> str:
+        return f"{self.stage_index}{self.kind}{self.chunk_index}"
+
+
+Schedule = list[list[Action]]
+
+
+def chunk_order(seed: int, epoch: int, num_chunks: int, *, kind: str) -> list[int]:
+    """The order in which an epoch works through the chunks.
+
+    It depends on nothing but the arguments: every rank draws it alone, and a resumed run
+    draws what the interrupted one would have.
+
+    Args:
+        seed: The run's seed.
+        epoch: Counted from 1.
+        num_chunks: Number of chunks ``C``.
+        kind: ``shuffled``, or ``fixed`` for ``0, 1, ... C - 1``.
+
+    Returns:
+        A permutation of the chunks, ``[C]``: position in the epoch to chunk.
+    """
+    if kind == "fixed":
+        return list(range(num_chunks))
+    if kind == "shuffled":
+        return sorted(range(num_chunks), key=lambda chunk: stream_key(seed, epoch, chunk))
+    raise UserError(f"`kind` (={kind!r}) must be 'shuffled' or 'fixed'; name one of the two")
+
+
+def fill_drain(num_stages: int, num_chunks: int, virtual_stages: int = 1) -> Schedule:
+    """Lists all forwards, then all backwards in reverse order.
+
+    The last rank turns around at once; the others wait for it. 2 stages, 3 chunks::
+
+        clock   0    1    2    3    4    5    6    7
+        rank 0  0F0  0F1  0F2  .    .    0B2  0B1  0B0
+        rank 1  .    1F0  1F1  1F2  1B2  1B1  1B0  .
+
+    With virtual stages a rank does all chunks of its first stage, then all of its next
+    (breadth first), so the same wait is paid once for more, smaller actions. 2 virtual stages::
+
+        clock   0    1    2    3    4    5    6    7    8    9    10   11   12   13
+        rank 0  0F0  0F1  0F2  2F0  2F1  2F2  .    .    2B2  2B1  2B0  0B2  0B1  0B0
+        rank 1  .    1F0  1F1  1F2  3F0  3F1  3F2  3B2  3B1  3B0  1B2  1B1  1B0  .
+
+    The bubble is ``(S - 1) / (v C + S - 1)`` when ``C >= S`` and all actions of a kind take
+    equally long.
+
+    Args:
+        num_stages: Ranks of the pipeline ``S``.
+        num_chunks: Chunks ``C`` of the step.
+        virtual_stages: Stages ``v`` of each rank; stage ``s`` lives on rank ``s % S``.
+
+    Returns:
+        For each rank of the pipeline its actions, in order.
+
+    Raises:
+        UserError: A number is below 1.
+    """
+    _check_positive(num_stages=num_stages, num_chunks=num_chunks, virtual_stages=virtual_stages)
+    schedule = []
+    for rank in range(num_stages):
+        stages = range(rank, num_stages * virtual_stages, num_stages)
+        forwards = [Action(s, "F", k) for s in stages for k in range(num_chunks)]
+        backwards = [Action(s, "B", k) for s, _, k in reversed(forwards)]
+        schedule.append(forwards + backwards)
+    return schedule
+
+
+def split_layers(costs: Sequence[float], num_stages: int) -> list[int]:
+    """Cuts a list of layers into stages of consecutive layers, as evenly as possible.
+
+    Exact: no other cut has a cheaper dearest stage. Of equal cuts it takes one that gives the
+    first stages more.
+
+    Args:
+        costs: Cost of each layer, ``[L]``, in any unit, not negative.
+        num_stages: Number of stages, virtual ones included.
+
+    Returns:
+        Number of layers of each stage, ``[num_stages]``, each at least 1.
+
+    Raises:
+        UserError: There are more stages than layers, or no stage.
+    """
+    _check_positive(num_stages=num_stages)
+    num_layers = len(costs)
+    if num_stages > num_layers:
+        raise UserError(
+            f"`num_stages` (={num_stages}) must be at most the number of layers (={num_layers});"
+            " use fewer stages or more layers"
+        )
+    assert all(cost >= 0 for cost in costs), f"a layer's cost is negative or NaN: {costs}"
+    total = list(accumulate(costs, initial=0.0))  # total[n]: cost of the first n layers
+
+    @cache
+    def best(first: int, stages: int) -> tuple[float, list[int]]:
+        """Cost of the dearest stage, and all sizes, for layers ``first ..`` in ``stages``."""
+        if stages == 1:
+            return total[-1] - total[first], [num_layers - first]
+        dearest, minus_size = min(
+            (max(total[first + size] - total[first], best(first + size, stages - 1)[0]), -size)
+            for size in range(1, num_layers - first - stages + 2)
+        )
+        return dearest, [-minus_size, *best(first - minus_size, stages - 1)[1]]
+
+    return best(0, num_stages)[1]
+
+
+class Span(NamedTuple):
+    """When one action ran."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+class Timeline(NamedTuple):
+    """What every rank did when: the result of :func:`simulate`."""
+
+    ranks: list[list[Span]]
+
+    @property
+    def makespan_s(self) -> float:
+        """End of the last action."""
+        return max((span.end_s for spans in self.ranks for span in spans), default=0.0)
+
+    @property
+    def busy_s(self) -> list[float]:
+        """Time that each rank spends in actions, ``[ranks]``."""
+        return [sum(span.end_s - span.start_s for span in spans) for spans in self.ranks]
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Idle share of all ranks' time: ``1 - busy / (ranks * makespan)``."""
+        if self.makespan_s == 0:
+            return 0.0
+        return 1 - sum(self.busy_s) / (len(self.ranks) * self.makespan_s)
+
+
+def simulate(
+    schedule: Schedule,
+    duration: Callable[[Action], float],
+    *,
+    transfer: float | Callable[[Action], float] = 0.0,
+) -> Timeline:
+    """Predicts when each action runs.
+
+    An action starts when its rank is free and what it reads has arrived. Messages travel while
+    ranks compute and do not slow each other down.
+
+    Args:
+        schedule: Actions of each rank, in order.
+        duration: Seconds that an action takes.
+        transfer: Seconds from the end of an action to its result's arrival on another rank, the
+            same for all or given by the sending action. Within a rank results are there at once.
+
+    Raises:
+        ScheduleError: The ranks wait for each other; names the action each of them waits at.
+    """
+    num_stages = 1 + max((a.stage_index for actions in schedule for a in actions), default=0)
+    num_chunks = 1 + max((a.chunk_index for actions in schedule for a in actions), default=0)
+    ranks: list[list[Span]] = [[] for _ in schedule]
+    done: dict[Action, tuple[int, float]] = {}  # where and when an action ended
+
+    def arrival_s(needed: Action, rank: int) -> float:
+        source, end_s = done[needed]
+        if source == rank:
+            return end_s
+        return end_s + (transfer(needed) if callable(transfer) else transfer)
+
+    while True:
+        waiting = {}
+        num_done = len(done)
+        for rank, actions in enumerate(schedule):
+            for action in actions[len(ranks[rank]) :]:
+                needs = dependencies(action, num_stages=num_stages, num_chunks=num_chunks)
+                missing = [needed for needed in needs if needed not in done]
+                if missing:
+                    waiting[rank] = f"rank {rank} waits at {action} for {missing[0]}"
+                    break
+                free_s = ranks[rank][-1].end_s if ranks[rank] else 0.0
+                start_s = max([free_s, *(arrival_s(needed, rank) for needed in needs)])
+                ranks[rank].append(Span(action, start_s, start_s + duration(action)))
+                done[action] = (rank, ranks[rank][-1].end_s)
+        if not waiting:
+            return Timeline(ranks)
+        if len(done) == num_done:
+            raise ScheduleError(f"the schedule deadlocks: {', '.join(waiting.values())}")
+
+
+def dependencies(action: Action, *, num_stages: int, num_chunks: int) -> list[Action]:
+    """The actions whose results an action reads.
+
+    A forward reads the previous stage's output and the rows of the chunk before (fresh values);
+    a backward reads the next stage's gradient, what its forward kept, and the gradient rows
+    that the chunk after it left.
+    """
+    stage, kind, chunk = action
+    if kind == "F":
+        needs = [(stage - 1, chunk), (stage, chunk - 1)]
+        return [Action(s, "F", k) for s, k in needs if s >= 0 and k >= 0]
+    needs = [(stage + 1, chunk), (stage, chunk + 1)]
+    later = [Action(s, "B", k) for s, k in needs if s < num_stages and k < num_chunks]
+    return [Action(stage, "F", chunk), *later]
+
+
+def verify(schedule: Schedule, *, num_chunks: int, virtual_stages: int = 1) -> None:
+    """Checks that a schedule computes one whole step, in an order that can run.
+
+    Raises:
+        ScheduleError: An action is misplaced, missing, repeated or out of order, or deadlocks.
+    """
+    num_ranks = len(schedule)
+    for rank, actions in enumerate(schedule):
+        stages = range(rank, num_ranks * virtual_stages, num_ranks)
+        strays = [action for action in actions if action.stage_index not in stages]
+        if strays:
+            raise ScheduleError(f"rank {rank} lists {strays[0]}; its stages are {list(stages)}")
+        for stage in stages:
+            forwards = [k for s, kind, k in actions if (s, kind) == (stage, "F")]
+            backwards = [k for s, kind, k in actions if (s, kind) == (stage, "B")]
+            if forwards != list(range(num_chunks)):
+                raise ScheduleError(
+                    f"stage {stage} runs forwards of chunks {forwards}; each of the"
+                    f" {num_chunks} must run exactly once, in order"
+                )
+            if backwards != forwards[::-1]:
+                raise ScheduleError(
+                    f"stage {stage} runs backwards of chunks {backwards}; they must be"
+                    f" exactly the forwards reversed, {forwards[::-1]}"
+                )
+    simulate(schedule, lambda action: 1.0)
+
+
+def draw(timeline: Timeline, *, slot_s: float | None = None) -> str:
+    """Draws a timeline: a row for each rank, a column for each slot of time.
+
+    An action's name stands where it starts, ``-`` where it goes on, ``.`` where the rank idles
+    (:func:`fill_drain` shows two). A slot is ``slot_s`` long: by default the shortest action, or
+    a 120th of the whole where that is longer; the first of several starts in it is named.
+    """
+    lengths = [end_s - start_s for spans in timeline.ranks for _, start_s, end_s in spans]
+    if slot_s is None:
+        slot_s = max(min(lengths, default=1.0), timeline.makespan_s / 120) or 1.0
+    num_slots = max(1, _slots(timeline.makespan_s, slot_s, round_up=True))
+    rows = [["clock", *(str(slot) for slot in range(num_slots))]]
+    for rank, spans in enumerate(timeline.ranks):
+        cells = ["."] * num_slots
+        for action, start_s, end_s in spans:
+            first = min(_slots(start_s, slot_s), num_slots - 1)
+            cells[first] = repr(action) if cells[first] in ".-" else cells[first]
+            for slot in range(first + 1, _slots(end_s, slot_s, round_up=True)):
+                cells[slot] = "-"
+        rows.append([f"rank {rank}", *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(num_slots + 1)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _slots(time_s: float, slot_s: float, *, round_up: bool = False) -> int:
+    """Whole slots in a time; a billionth of a slot is rounding, not time."""
+    return ceil(time_s / slot_s - 1e-9) if round_up else floor(time_s / slot_s + 1e-9)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"`{name}` (={value}) must be at least 1; ask for one or more")

@@ -1,0 +1,208 @@
+"""The sections of the configuration: each key with its type, default and meaning.
+
+A key that is not here is refused; checks across sections are in :mod:`gnnpipe.config`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from gnnpipe.fields import at_least, check_seed, require, settle
+
+ModelName = Literal["gcn", "sage", "gin", "gat", "gcnii", "resgcn+"]
+
+MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
+    "gcn": {},
+    "sage": {},
+    "gin": {"train_eps": False},
+    "gat": {"heads": 8},
+    "gcnii": {"alpha": 0.1, "theta": 0.5},
+    "resgcn+": {},
+}
+"""The options that each model has besides the common ones, with their defaults."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which graph to train on."""
+
+    name: str = "digits"
+    """Data set: digits, a Planetoid name, or the path of a .npz or a PyG .pt file."""
+    root: str | None = None
+    """Directory with the files of a named data set; null where the data set needs none."""
+    split: str = "public"
+    """Which of the data set's train/validation/test splits to use."""
+    undirected: Literal["auto", True, False] = "auto"
+    """Add the reverse of every edge; auto does what is usual for the data set."""
+    features: Literal["auto", "surrogate", "degree"] = "auto"
+    """The data set's own node features, or ones made from the graph."""
+    row_normalize: bool = False
+    """Divide the features of each node by their sum."""
+
+    def __post_init__(self) -> None:
+        settle(self, "data")
+        require(self.name != "", "data.name", self.name, "must not be empty; try digits")
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionConfig:
+    """Which node goes into which chunk."""
+
+    path: str | None = None
+    """Directory written by ``python -m partition``; null partitions into the run directory."""
+    num_chunks: int = 16
+    """Chunks per epoch."""
+    method: Literal["metis", "metis-grouped", "contiguous", "random", "bfs", "file"] = "metis"
+    """How nodes are assigned; metis-grouped groups four small parts at random into a chunk."""
+    seed: int = 0
+    """Seed of the method."""
+    file: str | None = None
+    """Assignment that someone else made, for the method file."""
+
+    def __post_init__(self) -> None:
+        settle(self, "partition")
+        at_least(self, "partition", num_chunks=1)
+        check_seed("partition.seed", self.seed)
+        is_consistent = (self.method == "file") == (self.file is not None)
+        rule = "goes with `partition.method` (=file) and with no other; give both or neither"
+        require(is_consistent, "partition.file", self.file, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network: an input layer, ``num_layers`` convolutions, an output layer."""
+
+    name: ModelName = "gcnii"
+    """Architecture."""
+    num_layers: int = 32
+    """Graph convolutions between the input layer and the output layer."""
+    hidden_channels: int = 64
+    """Width of the hidden layers, all heads together."""
+    dropout: float = 0.5
+    """Probability that a value is zeroed in training, in [0, 1)."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Element type of weights and activations."""
+    alpha: float | None = None
+    """gcnii (0.1): share of the first representation h0 in each layer, in [0, 1]."""
+    theta: float | None = None
+    """gcnii (0.5): strength of the weights; layer i uses log(theta / i + 1)."""
+    heads: int | None = None
+    """gat (8): attention heads; must divide hidden_channels."""
+    train_eps: bool | None = None
+    """gin (false): learn the weight of a node's own row."""
+
+    def __post_init__(self) -> None:
+        settle(self, "model")
+        self._settle_options()
+        at_least(self, "model", num_layers=1, hidden_channels=1, heads=1, theta=0)
+        rule = "must be at least 0 and below 1; 0 switches it off"
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, rule)
+        is_share = self.alpha is None or 0 <= self.alpha <= 1
+        require(is_share, "model.alpha", self.alpha, "must be between 0 and 1; 0.1 is usual")
+        rule = f"must divide `model.hidden_channels` (={self.hidden_channels}); change either"
+        require(self.hidden_channels % (self.heads or 1) == 0, "model.heads", self.heads, rule)
+
+    @property
+    def options(self) -> dict[str, float | int | bool]:
+        """The options of this very model, by name."""
+        return {key: getattr(self, key) for key in MODEL_OPTIONS[self.name]}
+
+    def _settle_options(self) -> None:
+        """Fills this model's options and refuses those of another."""
+        own = MODEL_OPTIONS[self.name]
+        for key in sorted({key for options in MODEL_OPTIONS.values() for key in options}):
+            value = getattr(self, key)
+            if key in own and value is None:
+                object.__setattr__(self, key, own[key])
+            owners = ", ".join(name for name, options in MODEL_OPTIONS.items() if key in options)
+            rule = f"is an option of {owners}, not of `model.name` (={self.name}); leave it out"
+            require(key in own or value is None, f"model.{key}", value, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    num_stages: int = 1
+    """Pipeline ranks, each with consecutive layers over the whole graph."""
+    num_ways: int = 1
+    """Ranks that share the nodes of one stage."""
+    virtual_stages: int = 1
+    """Stages per rank."""
+    schedule: Literal["fill_drain"] = "fill_drain"
+    """Order of the chunks' forwards and backwards."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each stage, input and output layer included; null balances their cost."""
+
+    def __post_init__(self) -> None:
+        settle(self, "parallel")
+        at_least(self, "parallel", num_stages=1, num_ways=1, virtual_stages=1)
+
+    @property
+    def total_stages(self) -> int:
+        """Stages of the pipeline, virtual ones included."""
+        return self.num_stages * self.virtual_stages
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation."""
+
+    epochs: int = 200
+    """Passes over the graph."""
+    optimizer: Literal["adam"] = "adam"
+    """Update rule."""
+    lr: float = 0.01
+    """Learning rate."""
+    weight_decay: float = 5.0e-4
+    """L2 penalty added to the gradient, times the weight."""
+    eval_every: int = 10
+    """Epochs between exact evaluations; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        settle(self, "training")
+        at_least(self, "training", epochs=1, weight_decay=0, eval_every=1)
+        require(self.lr > 0, "training.lr", self.lr, "must be above 0; 0.01 is usual")
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryConfig:
+    """The historical embeddings that stand in for chunks not computed yet."""
+
+    period: int = 1
+    """Epochs between refreshes of the historical tables."""
+    warm_start: Literal["exact", "zeros"] = "exact"
+    """First history: one exact forward, or zeros."""
+    order: Literal["shuffled", "fixed"] = "shuffled"
+    """Order of the chunks: drawn anew every epoch, or always ascending."""
+    cross_chunk_gradient: float = 2.0
+    """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
+
+    def __post_init__(self) -> None:
+        settle(self, "history")
+        at_least(self, "history", period=1, cross_chunk_gradient=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where results go and how the run behaves."""
+
+    dir: str = "runs/default"
+    """Run directory."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars."""
+    log_every: int = 10
+    """Epochs between log lines."""
+    threads: Literal["auto"] | int = "auto"
+    """CPU threads of each rank; auto: OMP_NUM_THREADS, else 1 with several ranks, else all."""
+    timeout_s: float = 120.0
+    """Longest wait for another rank, in seconds."""
+
+    def __post_init__(self) -> None:
+        settle(self, "run")
+        is_path = self.dir != "" and "\0" not in self.dir
+        require(is_path, "run.dir", self.dir, "must be a path; runs/default is usual")
+        at_least(self, "run", log_every=1)
+        is_count = self.threads == "auto" or self.threads >= 1
+        require(is_count, "run.threads", self.threads, "must be auto or at least 1")
+        require(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "must be above 0 seconds")

@@ -1,0 +1,195 @@
+"""The processes of one run: how they find each other, agree, and fail together."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from gnnpipe import environment
+from gnnpipe.comm import Groups
+from gnnpipe.errors import PeerError, UserError
+from gnnpipe.mesh import Mesh
+
+SETUP_TIMEOUT_S = 3600.0
+"""Longest wait for rank 0 to load and partition a graph."""
+
+_FAILURE_KEY = "gnnpipe/failure"
+_POLL_S = 0.1
+_BLAME_S = 2.0
+
+
+class World:
+    """This process among the others.
+
+    Args:
+        rank: this process.
+        world_size: number of processes.
+        device: where this process computes.
+        store: what all processes can read and write; None for a single process.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, *, device: torch.device, store: dist.Store | None
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self._store = store
+
+    def first(self, name: str, action: Callable[[], str]) -> str:
+        """Lets rank 0 do something and tells everyone the outcome.
+
+        Args:
+            name: of the step, once per run.
+            action: runs on rank 0 only.
+
+        Raises:
+            UserError: on every rank, when the action raised one.
+        """
+        if self._store is None:
+            return action()
+        key = f"gnnpipe/{name}"
+        if self.rank == 0:
+            try:
+                outcome = {"value": action()}
+            except ValueError as error:
+                self._store.set(key, json.dumps({"error": str(error)}))
+                raise
+            self._store.set(key, json.dumps(outcome))
+        outcome = json.loads(self._await(key, name))
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        return str(outcome["value"])
+
+    def _await(self, key: str, name: str) -> bytes:
+        assert self._store is not None
+        deadline = time.monotonic() + SETUP_TIMEOUT_S
+        while not self._store.check([key]):
+            self.raise_for_failed_peer()
+            if time.monotonic() > deadline:
+                raise PeerError(f"rank 0 did not finish {name} within {SETUP_TIMEOUT_S:g} s")
+            time.sleep(_POLL_S)
+        value: bytes = self._store.get(key)
+        return value
+
+    def raise_for_failed_peer(self) -> None:
+        """Raises PeerError when another rank has reported a failure."""
+        if self._store is not None and self._store.check([_FAILURE_KEY]):
+            failure = json.loads(self._store.get(_FAILURE_KEY))
+            if failure["rank"] != self.rank:
+                raise PeerError(f"rank {failure['rank']} failed: {failure['what']}")
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tells the others when this rank fails; blames the first one to fail, not the rest."""
+        try:
+            yield
+        except PeerError as error:
+            self._blame(error)
+        except Exception as error:
+            self._report(f"{type(error).__name__}: {error}")
+            raise
+
+    def _blame(self, error: PeerError) -> None:
+        """A wait broke: gives the rank that caused it a moment to say so."""
+        deadline = time.monotonic() + _BLAME_S
+        while time.monotonic() < deadline:
+            try:
+                self.raise_for_failed_peer()
+            except PeerError as cause:
+                raise cause from None
+            except RuntimeError:  # The store went with the rank that held it.
+                break
+            time.sleep(_POLL_S)
+        raise error
+
+    def _report(self, what: str) -> None:
+        if self._store is not None:
+            text = json.dumps({"rank": self.rank, "what": what.splitlines()[0]})
+            self._store.compare_set(_FAILURE_KEY, "", text)
+
+
+@contextmanager
+def join(*, device: str, timeout_s: float) -> Iterator[World]:
+    """Joins the processes that a launcher started, or is alone.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout_s: longest wait inside a collective, seconds.
+    """
+    chosen = _device(device)
+    if dist.is_initialized():  # inside a user's own script
+        store = dist.distributed_c10d._get_default_store()
+        yield World(dist.get_rank(), dist.get_world_size(), device=chosen, store=store)
+        return
+    if environment.world_size() == 1:
+        yield World(0, 1, device=chosen, store=None)
+        return
+    store, rank, world_size = _meet(timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    yield World(rank, world_size, device=chosen, store=store)
+    # Only after success: tearing down beside a failed rank would wait for it.
+    dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Finds the store through the launcher's file, or as torchrun has it."""
+    _stay_on_loopback()
+    path = os.environ.get(environment.RENDEZVOUS_VARIABLE)
+    if path is None:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        return store, rank, world_size
+    rank, world_size = environment.rank(), environment.world_size()
+    store = dist.FileStore(path, world_size)
+    store.set_timeout(timeout)
+    return store, rank, world_size
+
+
+def _stay_on_loopback() -> None:
+    """Keeps gloo off the network when all ranks are on this host."""
+    is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if is_one_host and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"`device` (={name}) must offer a GPU to each local rank, rank {local_rank} finds "
+            f"{torch.cuda.device_count()}; start fewer processes per host or set device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_groups(mesh: Mesh, device: torch.device) -> Groups:
+    """Makes the process groups that ``comm`` needs; every rank calls it."""
+    if mesh.world_size == 1:
+        return Groups()
+    ways = None
+    if mesh.num_ways > 1:
+        shape = (mesh.num_stages, mesh.num_ways)
+        ways = init_device_mesh(device.type, shape, mesh_dim_names=("stage", "way"))
+    group = ways.get_group("way") if ways is not None else None
+    if device.type != "cuda":
+        return Groups(ways=group)
+    forward, backward, halo = (dist.new_group(backend="nccl") for _ in range(3))
+    return Groups(forward, backward, halo, group)

@@ -1,0 +1,1 @@
+"""Start the processes of a run: :mod:`launch.local` on this host."""

@@ -1,0 +1,102 @@
+"""``python -m launch``: one process per rank, watched until the last has ended."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from gnnpipe import environment, preflight
+from gnnpipe.arguments import Parser, config_arguments, parse
+from gnnpipe.cli import guarded
+from gnnpipe.config import Config, load_config
+from gnnpipe.errors import UserError
+from launch.local import GRACE_S, run_local
+
+PROGRAM = "python -m launch"
+EXAMPLES = f"""example:
+  {PROGRAM} local --nproc 4 config.yaml parallel.num_stages=4
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``python -m launch``.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0, 2 for a user's mistake, 1 for a failed run, 128 + signal when stopped.
+    """
+    environment.end_with_parent(signal.SIGTERM)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(arguments))
+
+
+def _run(argv: Sequence[str]) -> int:
+    options = parse(_parser(), argv)
+    if options.nproc < 1 or options.timeout_grace < 0:
+        raise UserError(
+            f"`--nproc` (={options.nproc}) must be at least 1 and `--timeout-grace` "
+            f"(={options.timeout_grace}) at least 0"
+        )
+    config = load_config(*config_arguments(options.arguments))
+    _check_ranks(config, options.nproc)
+    preflight.check_inputs(config)
+    preflight.check_writable(config.run.dir, "run.dir")
+    threads = preflight.resolve_threads(config, options.nproc)
+    # -P: a package of this name in the working directory is not ours.
+    command = [sys.executable, "-P", "-m", "gnnpipe", "train", *options.arguments]
+    return run_local(
+        command,
+        options.nproc,
+        variables=preflight.thread_variables(threads),
+        grace_s=options.timeout_grace,
+    )
+
+
+def _check_ranks(config: Config, nproc: int) -> None:
+    needed = config.world_size
+    if nproc != needed:
+        raise UserError(
+            f"`--nproc` (={nproc}) must equal `parallel.num_stages` x `parallel.num_ways` "
+            f"(={needed}); give --nproc {needed} or change parallel.num_stages"
+        )
+
+
+def _parser() -> Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog=PROGRAM,
+        description="Start the processes of a training run.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    local = commands.add_parser(
+        "local",
+        help="processes on this host, without torchrun",
+        description="Start one process per rank on this host and watch them.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    local.add_argument("--nproc", type=int, required=True, metavar="N", help="number of ranks")
+    local.add_argument(
+        "--timeout-grace",
+        type=float,
+        default=GRACE_S,
+        metavar="S",
+        help="seconds that the other ranks get to end when one has failed (default: %(default)s)",
+    )
+    local.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG.yaml | key.sub=value",
+        help="a configuration file, then values that overrule it; without a file, the defaults",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

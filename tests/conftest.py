@@ -1,0 +1,31 @@
+"""What every test file may use: the shared real graphs, and one thread per process."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before torch and MKL load: tests compare bits, and several processes share few cores. numba's
+# threads are left alone, so that a test can ask for more than one.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """A function from a name (``cora.npz``, ``raw/planetoid``) to its path; skips when absent.
+
+    The real graphs lie beside the checkout, or where ``GNNPIPE_DATA`` says.
+    """
+    folder = Path(os.environ.get("GNNPIPE_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in {folder}; set GNNPIPE_DATA to the folder that has it")
+        return path
+
+    return find
