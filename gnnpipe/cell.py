@@ -3,7 +3,7 @@
 The whole graph of a way is a cell as well; evaluation runs on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gnnpipe.kernels import RowBlock
 from gnnpipe.way import Adjacency, WayGraph, with_self_loops
+
+Array = np.ndarray[Any, Any]
 
 
 class Exchange(NamedTuple):
@@ -120,7 +122,7 @@ class _Builder:
             out_exchanges=[self._exchanges(c, is_incoming=False) for c in chunks],
         )
 
-    def _mirror_rows(self, cell_ptr: np.ndarray, first: int, last: int) -> slice:  # type: ignore[type-arg]
+    def _mirror_rows(self, cell_ptr: Array, first: int, last: int) -> slice:
         ways, base = self.graph.num_ways, self.graph.num_rows
         return slice(base + int(cell_ptr[first * ways]), base + int(cell_ptr[last * ways]))
 
@@ -156,13 +158,13 @@ class _Builder:
         forward = self._block(incoming, None, row_scale, None)
         return forward, self._block(outgoing, None, None, scale)
 
-    def _scale(self, scale: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _scale(self, scale: Array) -> Tensor:
         return torch.from_numpy(scale).to(self.device, self.dtype)
 
     def _block(
         self,
         adjacency: Adjacency,
-        weight: np.ndarray | None,  # type: ignore[type-arg]
+        weight: Array | None,
         row_scale: Tensor | None,
         col_scale: Tensor | None,
     ) -> RowBlock:

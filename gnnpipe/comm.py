@@ -1,7 +1,7 @@
 """Every message of a run: who sends what to whom, counted by kind, waited for with a limit."""
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,7 +77,7 @@ class Comm:
         self.mesh = mesh
         self.rank = rank
         self.sent_bytes: Counter[str] = Counter()
-        self.wait_s: Counter[str] = Counter()
+        self.wait_s: defaultdict[str, float] = defaultdict(float)
         self._groups = groups
         self._like = like
         self._timeout = timedelta(seconds=timeout_s)
@@ -157,7 +157,7 @@ class Comm:
         work = dist.all_reduce(bucket, group=self._groups.ways, async_op=True)
         assert work is not None
         self._wait_for(work, "gradient", "some way of this stage never reached the weight sum")
-        parts = bucket.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 

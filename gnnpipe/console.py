@@ -37,7 +37,7 @@ class LogDisplay:
         self._logger = logging.getLogger("gnnpipe")
         self._log_every = log_every
         self._epoch_width = max(3, len(str(epochs)))
-        self._accuracy: Mapping[str, float] | None = None
+        self._accuracy: Mapping[str, float | None] | None = None
         self._pending: str | None = None
 
     def show(self, record: EpochRecord) -> None:
@@ -62,7 +62,7 @@ class LiveDisplay:
     """A progress bar with the time left and the latest figures."""
 
     def __init__(self, console: Console, *, epochs: int) -> None:
-        self._accuracy: Mapping[str, float] | None = None
+        self._accuracy: Mapping[str, float | None] | None = None
         # Fits 80 columns.
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -89,7 +89,7 @@ class LiveDisplay:
         self._progress.stop()
 
 
-def _figures(record: EpochRecord, accuracy: Mapping[str, float] | None) -> tuple[str, ...]:
+def _figures(record: EpochRecord, accuracy: Mapping[str, float | None] | None) -> tuple[str, ...]:
     """Loss, validation figure of the latest evaluation, time and bubble, in fixed width."""
     val = f"{accuracy['val']:5.3f}" if accuracy and "val" in accuracy else "  -  "
     return (

@@ -81,22 +81,23 @@ class Engine:
         self._comm = comm
         self._last = len(cuts) - 1
         self._chunk_sizes = [targets.labels.numel() for targets in inputs.targets]
-        self._handed: dict[tuple[int, str, int], Flow] = {}
+        self._handed: dict[Action, Flow] = {}
         self._loss_gradients: dict[int, Tensor] = {}
 
-    def train_step(self, epoch: int, order: Sequence[int]) -> float:
+    def train_step(self, epoch: int, order: Sequence[int], *, is_measured: bool = False) -> float:
         """Runs all actions; parameter gradients are complete afterwards.
 
         Args:
             epoch: counted from 1.
             order: chunk at each position.
+            is_measured: measure the staleness on the way, for :meth:`staleness`.
 
         Returns:
             This rank's part of the loss: the sum over its chunks where it holds the last
             stage, 0 elsewhere.
         """
         for stage in self.stages.values():
-            stage.start_epoch(epoch)
+            stage.start_epoch(epoch, is_measured=is_measured)
         inbox = self._comm.inbox(list(self._expected(order)))
         loss = 0.0
         for action in self._actions:
@@ -144,6 +145,25 @@ class Engine:
         if logits is not None:
             counts = count_correct(logits, self._inputs.all_targets)
         return self._comm.sum_over_ranks(counts)
+
+    def staleness(self, num_layers: int) -> list[float]:
+        """How far the last measured epoch moved the values that it found in the tables.
+
+        ``|fresh - historical| / |fresh|`` (Frobenius norms) of each layer that has a table, in
+        the order of layers: the relative drift of what chunks read of later ones.
+
+        Args:
+            num_layers: layers of the whole model.
+        """
+        squares = torch.zeros((num_layers, 2), dtype=torch.float64)
+        for stage in self.stages.values():
+            for local in stage.layers:
+                if local.table is not None and local.table.drift is not None:
+                    squares[local.layer_index] = local.table.drift
+        change, size = self._comm.sum_over_ranks(squares).unbind(1)
+        has_table = size > 0
+        drift: list[float] = (change[has_table] / size[has_table]).sqrt().tolist()
+        return drift
 
     def _forward(self, action: Action, chunk: int, inbox: Inbox) -> float:
         if action.stage_index == 0:
@@ -210,7 +230,7 @@ class Engine:
     def _obtain(self, action: Action, inbox: Inbox) -> Flow:
         """The input of an action, from the inbox or from another stage of this rank."""
         if self._source(action) == self._comm.rank:
-            return self._handed.pop(tuple(action))
+            return self._handed.pop(action)
         names = [name for name, _ in self._cut(action).items()]
         tensors = {name: inbox.take() for name in names}
         return Flow(tensors.pop(None), {str(name): value for name, value in tensors.items()})
@@ -220,7 +240,7 @@ class Engine:
         peer = self._rank_of(action.stage_index)
         values = {name: flow.carried[name] for name, _ in self._cut(action).carried}
         if peer == self._comm.rank:
-            self._handed[tuple(action)] = Flow(flow.x, values)
+            self._handed[action] = Flow(flow.x, values)
             return
         assert isinstance(flow.x, Tensor)
         for message, value in zip(
@@ -232,7 +252,7 @@ class Engine:
         if action.stage_index == 0:
             return Flow(self._inputs.all_features(), {})
         if self._source(action) == self._comm.rank:
-            return self._handed.pop(tuple(action))
+            return self._handed.pop(action)
         messages = list(self._messages(action, self._source(action), num_rows))
         return self._obtain(action, self._comm.inbox(messages))
 

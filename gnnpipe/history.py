@@ -52,15 +52,22 @@ class Table:
     ) -> None:
         self.values = like.new_zeros((num_values, channels))
         self.gradients = like.new_zeros((num_gradients, channels))
+        self.drift: Tensor | None = None
         self._period = period
         self._snapshot = self.values.clone() if period > 1 else None
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Makes last epoch's values historical; with a period, the frozen snapshot instead.
 
         Epochs count from 1. Snapshots are taken at the end of every ``period``-th epoch.
+
+        Args:
+            epoch: the epoch that starts.
+            is_measured: let :attr:`drift` add up, over the own rows, the squared change from
+                historical to fresh and the squared size of the fresh values, ``[2]``, float64.
         """
         self.gradients.zero_()
+        self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
 
@@ -103,7 +110,11 @@ class Reader:
 
     def write(self, x: Tensor) -> None:
         """Makes the cell's rows fresh, here and in the mirrors of the other ways."""
-        self.table.values[self.cell.rows] = x
+        rows = self.table.values[self.cell.rows]
+        if self.table.drift is not None:
+            squares = (rows - x).square().sum(), x.square().sum()
+            self.table.drift += torch.stack(squares).cpu()
+        rows.copy_(x)
         for exchanges in self.cell.in_exchanges:
             self.halo.pull(self.table.values, exchanges)
 

@@ -39,8 +39,10 @@ class EpochRecord:
     """``[ranks]``."""
     wait_s: Mapping[str, Sequence[float]]
     """For each kind of message, ``[ranks]``."""
-    accuracy: Mapping[str, float] | None = None
+    accuracy: Mapping[str, float | None] | None = None
     """train, val and test; ``None`` when the epoch did not end with an evaluation."""
+    staleness: Sequence[float] | None = None
+    """At evaluations, for each layer that reads neighbours ``|fresh - historical| / |fresh|``."""
     evaluation_s: float | None = None
     """Wall time of the evaluation."""
 
@@ -69,8 +71,8 @@ class Tally:
         self._epoch_s.append(record.epoch_s)
         earlier = self._peak_bytes or [0] * len(record.peak_memory_bytes)
         self._peak_bytes = list(map(max, earlier, record.peak_memory_bytes))
-        val = (record.accuracy or {}).get("val", math.nan)
-        # NaN (nobody to validate on) is never better.
+        val = (record.accuracy or {}).get("val")
+        val = math.nan if val is None else val  # Nobody to validate on: never better.
         if val > (-math.inf if self.best is None else self.best.val):
             self.best = Best(record.epoch, val, (record.accuracy or {}).get("test"))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,15 @@ class Run(Protocol):
     num_parameters: int
     table_bytes: int
 
-    def train_epoch(self, epoch: int) -> float:
-        """Takes one optimizer step; returns this rank's part of the loss."""
+    def train_epoch(self, epoch: int, *, is_measured: bool) -> float:
+        """Takes one optimizer step, measuring the staleness on the way if asked.
+
+        Returns:
+            This rank's part of the loss.
+        """
+
+    def staleness(self) -> list[float] | None:
+        """Relative drift per layer in the last measured epoch, on every rank."""
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
@@ -59,7 +67,8 @@ class Run(Protocol):
 def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
     """Builds the configured model without storage: shapes, but no memory."""
     model = config.model
-    sparse_entries = None if hasattr(graph.features, "ctypes") else graph.features.nnz
+    features = graph.features
+    row_entries = None if isinstance(features, np.ndarray) else features.nnz / graph.num_nodes
     with torch.device("meta"):
         return build_layers(
             model.name,
@@ -69,7 +78,7 @@ def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
             num_layers=model.num_layers,
             dropout=model.dropout,
             options=model.options,
-            row_entries=None if sparse_entries is None else sparse_entries / graph.num_nodes,
+            row_entries=row_entries,
         )
 
 
@@ -124,14 +133,18 @@ class PipelineRun:
         if self._config.history.warm_start == "exact":
             self.engine.infer(into_tables=True)
 
-    def train_epoch(self, epoch: int) -> float:
+    def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes one optimizer step; returns this rank's part of the loss."""
         config = self._config
         order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
         self._optimizer.zero_grad()
-        loss = self.engine.train_step(epoch, order)
+        loss = self.engine.train_step(epoch, order, is_measured=is_measured)
         self._optimizer.step()
         return loss
+
+    def staleness(self) -> list[float]:
+        """Relative drift per layer in the last measured epoch, on every rank."""
+        return self.engine.staleness(len(self._layers))
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
@@ -152,7 +165,9 @@ class PipelineRun:
             (mesh.rank_of(stage_rank, 0), sum(t.numel() for t in named_state(layers).values()))
             for stage_rank, layers in enumerate(held)
         ]
-        own = [(local.index, local.layer) for stage in self._stages for local in stage.layers]
+        own = [
+            (local.layer_index, local.layer) for stage in self._stages for local in stage.layers
+        ]
         flat = torch.cat([tensor.flatten() for tensor in named_state(own).values()])
         parts = self._comm.collect_flat(flat, sizes)
         if self.rank != 0:
@@ -176,7 +191,9 @@ class PipelineRun:
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites this rank's weights."""
-        load_state([(o.index, o.layer) for stage in self._stages for o in stage.layers], tensors)
+        load_state(
+            [(o.layer_index, o.layer) for stage in self._stages for o in stage.layers], tensors
+        )
 
 
 class ReferenceRun:
@@ -201,9 +218,12 @@ class ReferenceRun:
             weight_decay=config.training.weight_decay,
         )
 
-    def train_epoch(self, epoch: int) -> float:
+    def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes one optimizer step; returns the loss."""
         return self.reference.train_epoch(epoch)
+
+    def staleness(self) -> None:
+        """Nothing is stale."""
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split."""
@@ -249,7 +269,7 @@ def check_task(graph: Graph) -> None:
 
 def _split(flat: Tensor, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cuts a flat tensor into named tensors of given shapes."""
-    parts = flat.split([tensor.numel() for tensor in shapes.values()])
+    parts = torch.split(flat, [tensor.numel() for tensor in shapes.values()])
     return {
         name: part.view(tensor.shape)
         for (name, tensor), part in zip(shapes.items(), parts, strict=True)

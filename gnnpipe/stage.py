@@ -102,7 +102,7 @@ class _Record(NamedTuple):
 class LocalLayer(NamedTuple):
     """A layer with what this rank holds for it."""
 
-    index: int
+    layer_index: int
     """Position in the whole list of layers."""
     layer: Layer
     cells: Cells
@@ -111,7 +111,7 @@ class LocalLayer(NamedTuple):
 
 
 class Stage:
-    """Layers ``layers[0].index`` to ``layers[-1].index`` of the model.
+    """Layers ``layers[0].layer_index`` to ``layers[-1].layer_index`` of the model.
 
     Args:
         layers: consecutive layers.
@@ -140,11 +140,11 @@ class Stage:
         """The tables of the layers that have one."""
         return (local.table for local in self.layers if local.table is not None)
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Makes the tables ready for an epoch; epochs count from 1."""
         self._epoch = epoch
         for table in self.tables:
-            table.start_epoch(epoch)
+            table.start_epoch(epoch, is_measured=is_measured)
 
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
@@ -158,9 +158,9 @@ class Stage:
         x, carried = flow.x, dict(flow.carried)
         for local in self.layers:
             cell = local.cells.chunks[chunk_index]
-            x = x if local.index == 0 else _leaf(x)
+            x = x if local.layer_index == 0 else _leaf(x)
             read = {name: _leaf(carried[name]) for name in local.layer.reads}
-            key = (self._seed, self._epoch, local.index)
+            key = (self._seed, self._epoch, local.layer_index)
             view = View(cell, self._reader(local.table, cell), read, key=key)
             out = local.layer(x, view)
             records.append(_Record(x, read, out, view.handed_on))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def fit_epochs(
 def set_threads(config: Config, world_size: int) -> int:
     """Gives torch and numba the configured number of threads, and returns it."""
     threads = resolve_threads(config, world_size)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    # numba cannot have more than it was started with.
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     torch.set_num_threads(threads)
     return threads
 
@@ -223,18 +225,19 @@ def start_logging() -> None:
 
 def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, float]:
     """One epoch on this rank; the record on rank 0, the validation figure everywhere."""
+    is_evaluated = epoch % config.training.eval_every == 0 or epoch == config.training.epochs
     start = time.perf_counter()
-    loss = run.train_epoch(epoch)
+    loss = run.train_epoch(epoch, is_measured=is_evaluated)
     epoch_s = time.perf_counter() - start
     if not math.isfinite(loss):
         raise ArithmeticError(
             f"the loss became {loss} in epoch {epoch}; try a smaller training.lr"
         )
     usage = run.usage()
-    accuracy, evaluation_s = None, None
-    if epoch % config.training.eval_every == 0 or epoch == config.training.epochs:
+    accuracy, staleness, evaluation_s = None, None, None
+    if is_evaluated:
         start = time.perf_counter()
-        accuracy = run.evaluate()
+        accuracy, staleness = run.evaluate(), run.staleness()
         evaluation_s = time.perf_counter() - start
     evaluation_bytes = run.usage().sent_bytes[KINDS.index("evaluation")]
     own = [loss, epoch_s, peak_memory_bytes(), run.table_bytes, evaluation_bytes]
@@ -243,15 +246,11 @@ def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, fl
     val = -math.inf if accuracy is None or accuracy["val"] is None else accuracy["val"]
     if not parts:
         return None, val
-    return _record(epoch, torch.stack(parts), accuracy, evaluation_s), val
+    record = _record(epoch, torch.stack(parts))
+    return replace(record, accuracy=accuracy, staleness=staleness, evaluation_s=evaluation_s), val
 
 
-def _record(
-    epoch: int,
-    parts: torch.Tensor,
-    accuracy: dict[str, float | None] | None,
-    evaluation_s: float | None,
-) -> EpochRecord:
+def _record(epoch: int, parts: torch.Tensor) -> EpochRecord:
     """Puts the figures of all ranks together, ``parts [ranks, figures]``."""
     loss, own_s, peak, table, evaluation_bytes = (column.tolist() for column in parts.T[:5])
     sent = parts[:, 5 : 5 + len(KINDS)].sum(dim=0).long().tolist()
@@ -269,14 +268,12 @@ def _record(
         table_bytes=[int(value) for value in table],
         compute_s=compute_s,
         wait_s=dict(zip(WAIT_KINDS, waits.T.tolist(), strict=True)),
-        accuracy=accuracy,
-        evaluation_s=evaluation_s,
     )
 
 
 def peak_memory_bytes() -> int:
     """Most memory that this process has held: of the GPU if there is one, else resident."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024

@@ -88,9 +88,7 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     numbering = _Numbering(way, num_ways, cell_ptr, row_id, chunk_ptr)
     incoming, in_mirrors = numbering.localise(pulls)
     is_symmetric = chunked.out_indices is chunked.indices
-    outgoing, out_mirrors = (
-        (incoming, in_mirrors) if is_symmetric else numbering.localise(pushes)
-    )
+    outgoing, out_mirrors = (incoming, in_mirrors) if is_symmetric else numbering.localise(pushes)
     in_table = np.concatenate((row_id, in_mirrors.row_id))
     out_table = np.concatenate((row_id, out_mirrors.row_id))
     gcn, mean = _gcn_scale(chunked), _mean_scale(chunked)
@@ -213,10 +211,12 @@ def _gcn_scale(chunked: ChunkedGraph) -> Array:
     whole = Adjacency(indptr, np.asarray(chunked.indices), chunked.edge_weight)
     is_loop = whole.indices == row
     entry = np.ones(row.size) if whole.weight is None else np.asarray(whole.weight, np.float64)
-    degree = np.bincount(row[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes)
+    degree: Array = np.bincount(
+        row[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes
+    )
     loop = np.ones(chunked.num_nodes)
     loop[row[is_loop]] = entry[is_loop]
-    degree += loop
+    degree = degree + loop
     with np.errstate(divide="ignore"):
         scale: Array = np.where(degree > 0, degree**-0.5, 0.0)
     return scale

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -37,7 +38,7 @@ class World:
     """
 
     def __init__(
-        self, rank: int, world_size: int, *, device: torch.device, store: dist.Store | None
+        self, rank: int, world_size: int, *, device: torch.device, store: Store | None
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -146,7 +147,7 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
     """Finds the store through the launcher's file, or as torchrun has it."""
     _stay_on_loopback()
     path = os.environ.get(environment.RENDEZVOUS_VARIABLE)
@@ -154,7 +155,7 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         return store, rank, world_size
     rank, world_size = environment.rank(), environment.world_size()
-    store = dist.FileStore(path, world_size)
+    store = FileStore(path, world_size)
     store.set_timeout(timeout)
     return store, rank, world_size
 

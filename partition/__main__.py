@@ -92,8 +92,9 @@ def _report(options: argparse.Namespace, figures: Quality) -> dict[str, Any]:
 
 
 def _say(step: str) -> None:
-    """Shows progress; stdout belongs to the report."""
-    print(f"{step} ...", file=sys.stderr, flush=True)
+    """Shows a person what takes so long; elsewhere stderr holds nothing but an error line."""
+    if sys.stderr.isatty():
+        print(f"{step} ...", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,17 +21,25 @@ from gnnpipe.graph import Graph
 
 SharedData = Callable[[str], Path]
 
+X = np.array([[1, 2], [3, 4], [0, 0], [-1, 1]], np.float32)
 
-def test_surrogate_features_replace_and_are_labelled(tmp_path: Path) -> None:
-    path = npz_file(tmp_path)
-    graph = load_graph(path, features="surrogate", seed=3)
+
+def small_graph(**changes: Any) -> Graph:
+    """0 -> 1 <-> 2, node 3 isolated."""
+    arguments: dict[str, Any] = {"name": "small", "features": X, "labels": [0, 1, 0, -1]}
+    arguments |= {part: [True] * 4 for part in ("train_mask", "val_mask", "test_mask")}
+    return Graph.from_edge_index([[0, 1, 2], [1, 2, 1]], **(arguments | changes))
+
+
+def test_surrogate_features_replace_and_are_labelled() -> None:
+    own = small_graph()
+    graph = choose_features(own, "surrogate", seed=3)
     assert graph.features.shape == (4, 128)
     assert graph.features_note == "surrogate: made from the graph (seed 3), not the data set's own"
-    assert load_graph(path).features_note == ""
+    assert choose_features(own, "auto").features_note == ""
     assert isinstance(graph.features, np.ndarray)
     assert not graph.features[3].any()  # isolated
-    again = surrogate_features(load_graph(path), seed=3)
-    assert np.array_equal(graph.features, again)
+    assert np.array_equal(graph.features, surrogate_features(own, seed=3))
     assert not np.array_equal(graph.features, surrogate_features(graph, seed=4))
 
 
@@ -47,10 +55,10 @@ def test_surrogate_features_equal_the_published_recipe(shared_data: SharedData) 
     assert np.allclose(surrogate_features(graph), expected, atol=1e-6)
 
 
-def test_degree_features_are_soft_bins_of_both_degrees(tmp_path: Path) -> None:
-    graph = load_graph(npz_file(tmp_path), features="degree")
+def test_degree_features_are_soft_bins_of_both_degrees() -> None:
+    graph = choose_features(small_graph(), "degree")
     assert graph.features_note.startswith("degree: made from the graph")
-    table = degree_features(graph)  # in-degrees 0 2 1 0, out-degrees 1 1 1 0
+    table = degree_features(small_graph())  # in-degrees 0 2 1 0, out-degrees 1 1 1 0
     assert table.shape == (4, 64)
     assert table.sum(axis=1).tolist() == [2, 2, 2, 2]
     two = np.log2(3)
@@ -60,22 +68,26 @@ def test_degree_features_are_soft_bins_of_both_degrees(tmp_path: Path) -> None:
     assert table[:, 32:34].tolist() == [[0, 1], [0, 1], [0, 1], [1, 0]]
 
 
-def test_a_graph_without_features_needs_a_choice(tmp_path: Path) -> None:
-    path = npz_file(tmp_path, "x")
-    with pytest.raises(
-        UserError, match=r"`data.features` \(=auto\) finds none in small; set data."
-    ):
-        load_graph(path)
-    assert load_graph(path, features="degree").num_features == 64
+def test_a_graph_without_features_needs_a_choice() -> None:
+    bare = small_graph(features=np.zeros((4, 0)))
+    message = r"`data.features` \(=auto\) finds none in small; set data.features=surrogate or"
+    with pytest.raises(UserError, match=message):
+        choose_features(bare, "auto")
+    assert choose_features(bare, "degree").num_features == 64
 
 
-def test_rows_are_normalised_dense_and_sparse_alike(tmp_path: Path) -> None:
-    graph = load_graph(npz_file(tmp_path), row_normalize=True)
-    assert isinstance(graph.features, np.ndarray)
+def test_rows_are_normalised_dense_and_sparse_alike() -> None:
     expected = np.array([[1 / 3, 2 / 3], [3 / 7, 4 / 7], [0, 0], [-0.5, 0.5]], np.float32)
-    assert np.array_equal(graph.features, expected)
-    table = sparse.csr_array(ARRAYS["x"])
+    assert np.array_equal(normalise_rows(X), expected)
+    table = sparse.csr_array(X)
     normalised = normalise_rows(table)
     assert isinstance(normalised, sparse.csr_array)
     assert np.array_equal(normalised.toarray(), expected)
     assert table.max() == 4  # the caller's table stays as it is
+
+
+def test_load_graph_applies_both_options() -> None:
+    graph = load_graph("digits", features="surrogate", row_normalize=True, seed=1)
+    assert isinstance(graph.features, np.ndarray)
+    assert graph.features_note.startswith("surrogate")
+    assert np.allclose(np.abs(graph.features).sum(axis=1), 1, atol=1e-5)

@@ -47,9 +47,8 @@ def test_npz_file_is_read_as_it_is_written(tmp_path: Path) -> None:
     assert graph.indices.tolist() == [0, 2, 1]
     assert np.array_equal(graph.labels, ARRAYS["y"])
     assert np.array_equal(graph.features, ARRAYS["x"])
-    assert np.array_equal(
-        masks_of(graph), [ARRAYS[f"{part}_mask"] for part in ("train", "val", "test")]
-    )
+    for mask in ("train_mask", "val_mask", "test_mask"):
+        assert np.array_equal(getattr(graph, mask), ARRAYS[mask])
     relative = load_graph("small.npz", root=str(tmp_path))
     without_direction = load_graph(npz_file(tmp_path, "is_directed"))
     assert relative.fingerprint() == graph.fingerprint() == without_direction.fingerprint()

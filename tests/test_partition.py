@@ -56,10 +56,8 @@ def test_same_seed_gives_the_same_parts(method: str) -> None:
         assign(*graph, num_chunks=4, method=method, seed=seed) for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(first.chunk_id, again.chunk_id)
-    is_seeded = method not in ("contiguous", "bfs")
-    if method == "random":
-        assert is_seeded
-        assert (first.chunk_id != other.chunk_id).any()
+    is_same = bool((first.chunk_id == other.chunk_id).all())
+    assert is_same == (method in ("contiguous", "bfs"))
 
 
 @pytest.mark.parametrize("method", CUTTING_METHODS)

@@ -11,71 +11,56 @@ from scipy import sparse
 
 from gnnpipe.datasets import from_pyg, load_graph
 from gnnpipe.errors import UserError
-from gnnpipe.graph import Graph
 
 with warnings.catch_warnings():  # torch_geometric compiles with torch.jit.script on import
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
     from torch_geometric import EdgeIndex
     from torch_geometric.data import Data, HeteroData
 
-# 0 -> 1 <-> 2, node 3 isolated and unlabelled
-ARRAYS: dict[str, Any] = {
-    "edge_index": np.array([[0, 1, 2], [1, 2, 1]], np.int32),
-    "y": np.array([0, 1, 0, -1], np.int16),
-    "num_classes": np.array(2),
-    "is_directed": np.array(True),
-    "train_mask": np.array([True, False, False, False]),
-    "val_mask": np.array([False, True, False, False]),
-    "test_mask": np.array([False, False, True, False]),
-    "x": np.array([[1, 2], [3, 4], [0, 0], [-1, 1]], np.float32),
-}
+X = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0], [-1.0, 1.0]])
+NODE = torch.arange(4)
+MASKS = {"train_mask": NODE == 0, "val_mask": NODE == 1, "test_mask": NODE == 2}
 
 
 def pyg_data(**changes: Any) -> Data:
-    tensors: dict[str, Any] = {
-        key: torch.from_numpy(ARRAYS[key])
-        for key in ("x", "edge_index", "y", "train_mask", "val_mask", "test_mask")
-    }
-    data = Data(**(tensors | changes))
-    data.edge_index = data.edge_index.long()
-    return data
+    """0 -> 1 <-> 2, node 3 isolated and unlabelled."""
+    edge_index = torch.tensor([[0, 1, 2], [1, 2, 1]])
+    tensors: dict[str, Any] = {"x": X, "edge_index": edge_index, "y": torch.tensor([0, 1, 0, -1])}
+    return Data(**(tensors | MASKS | changes))
 
 
 def test_pyg_data_becomes_the_same_graph(tmp_path: Path) -> None:
-    expected = load_graph(npz_file(tmp_path)).fingerprint()
-    data = pyg_data()
-    assert from_pyg(data).fingerprint() == expected
-    torch.save(data, tmp_path / "small.pt")
+    graph = from_pyg(pyg_data())
+    assert (graph.name, graph.is_directed, graph.num_classes) == ("pyg", True, 2)
+    assert (graph.indptr.tolist(), graph.indices.tolist()) == ([0, 0, 2, 3, 3], [0, 2, 1])
+    assert np.array_equal(graph.features, X)
+    assert graph.labels.tolist() == [0, 1, 0, -1]
+    for key, mask in MASKS.items():
+        assert np.array_equal(getattr(graph, key), mask)
+    torch.save(pyg_data(), tmp_path / "small.pt")
     loaded = load_graph(str(tmp_path / "small.pt"))
-    assert (loaded.name, loaded.fingerprint()) == ("small", expected)
+    assert (loaded.name, loaded.fingerprint()) == ("small", graph.fingerprint())
 
 
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 def test_pyg_sparse_features_stay_sparse(tmp_path: Path, layout: str) -> None:
-    x = torch.from_numpy(ARRAYS["x"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        table = x.to_sparse() if layout == "coo" else x.to_sparse_csr()
+        table = X.to_sparse() if layout == "coo" else X.to_sparse_csr()
     data = pyg_data(x=table)
+    expected = from_pyg(pyg_data()).fingerprint()
     for graph in (from_pyg(data), from_pyg(pyg_data(), sparse_features=True)):
         assert isinstance(graph.features, sparse.csr_array)
-        assert graph.fingerprint() == from_pyg(pyg_data()).fingerprint()
+        assert graph.fingerprint() == expected
     torch.save(data, tmp_path / "sparse.pt")
-    assert load_graph(str(tmp_path / "sparse.pt")).fingerprint() == graph.fingerprint()
+    assert load_graph(str(tmp_path / "sparse.pt")).fingerprint() == expected
 
 
 def test_pyg_shapes_are_brought_into_form() -> None:
-    masks = {
-        key: torch.from_numpy(np.stack([ARRAYS[key], ~ARRAYS[key]], 1))
-        for key in ("train_mask", "val_mask", "test_mask")
-    }
-    data = pyg_data(
-        **masks,
-        y=torch.from_numpy(ARRAYS["y"])[:, None],
-        x=torch.from_numpy(ARRAYS["x"]).bfloat16(),
-    )
+    masks = {key: torch.stack([mask, ~mask], 1) for key, mask in MASKS.items()}
+    data = pyg_data(**masks, y=torch.tensor([[0], [1], [0], [-1]]), x=X.bfloat16())
     data.edge_index = EdgeIndex(data.edge_index, sparse_size=(4, 4))
-    assert from_pyg(data).fingerprint() == from_pyg(pyg_data(num_classes=2)).fingerprint()
+    assert from_pyg(data).fingerprint() == from_pyg(pyg_data()).fingerprint()
 
 
 def test_pyg_edge_and_node_values_are_carried() -> None:

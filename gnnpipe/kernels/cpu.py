@@ -41,14 +41,14 @@ def _compile(function: Callable[..., None]) -> Kernel:
     )
 
 
-@njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, inline="always")
 def _mix(value):  # type: ignore[no-untyped-def]
     value = (value ^ (value >> _U(30))) * _MIX_1
     value = (value ^ (value >> _U(27))) * _MIX_2
     return value ^ (value >> _U(31))
 
 
-@njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, inline="always")
 def _draw(row_key, column):  # type: ignore[no-untyped-def]
     """32 random bits for one column of a row."""
     z = np.uint32(row_key) ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B9))
@@ -60,7 +60,7 @@ def _draw(row_key, column):  # type: ignore[no-untyped-def]
     return np.uint32(z ^ (z >> np.uint32(16)))
 
 
-@njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, inline="always")
 def _factor(e, indices, weight, col_scale, one):  # type: ignore[no-untyped-def]
     factor = one
     if weight is not None:

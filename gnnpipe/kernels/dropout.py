@@ -4,7 +4,7 @@ Entry (row, column) stays when a 32-bit hash of (key, row id, column) is at leas
 the key folds (seed, epoch, layer, site). The mask is drawn again in the backward.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class _Ids(tuple[Tensor, ...]):
 def _apply(x: Tensor, ids: _Ids, p: float, key: int) -> Tensor:
     threshold, scale = _threshold(p), 1.0 / (1.0 - p)
     if x.device.type != "cpu":
-        keys = (fallback.row_keys if len(ids) == 1 else fallback.edge_keys)(*ids, key)
+        keys = fallback.keys(ids, key)
         return x * (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
     out = torch.empty_like(x)
     kernel = cpu.dropout_rows if len(ids) == 1 else cpu.dropout_edges
@@ -49,6 +49,14 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None
+
+
+@overload
+def dropout_rows(x: Tensor, node_id: Tensor, *, p: float, key: int) -> Tensor: ...
+
+
+@overload
+def dropout_rows(x: SparseRows, node_id: Tensor, *, p: float, key: int) -> SparseRows: ...
 
 
 def dropout_rows(
@@ -75,7 +83,7 @@ def dropout_rows(
 def _apply_entries(x: SparseRows, node_id: Tensor, p: float, key: int) -> Tensor:
     threshold, scale = _threshold(p), 1.0 / (1.0 - p)
     if x.values.device.type != "cpu":
-        keys = fallback.row_keys(node_id, key).repeat_interleave(x.indptr.diff())
+        keys = fallback.keys((node_id,), key).repeat_interleave(x.indptr.diff())
         mask = fallback.keep_entries(keys, x.indices, threshold)
         return x.values * (mask * scale).to(x.values.dtype)
     out = torch.empty_like(x.values)

@@ -1,5 +1,7 @@
 """The same kernels in plain torch, for devices without their own and as an oracle."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,22 +34,20 @@ def _draw(row_key: Tensor, column: Tensor) -> Tensor:
     return z ^ (z >> 16)
 
 
-def row_keys(node_id: Tensor, key: int) -> Tensor:
-    """The 64-bit key of each row."""
-    return _mix((node_id * _signed(GOLDEN_64)) ^ _signed(key))
+def keys(ids: Sequence[Tensor], key: int) -> Tensor:
+    """The 64-bit key of each row: ids are ``(node,)``, or ``(source, target)`` of edges."""
+    result = torch.full_like(ids[0], _signed(key))
+    for part in ids:
+        result = _mix((part * _signed(GOLDEN_64)) ^ result)
+    return result
 
 
-def edge_keys(source_id: Tensor, target_id: Tensor, key: int) -> Tensor:
-    """The 64-bit key of each edge."""
-    return _mix((target_id * _signed(GOLDEN_64)) ^ row_keys(source_id, key))
-
-
-def keep_mask(keys: Tensor, num_columns: int, threshold: int) -> Tensor:
+def keep_mask(row_keys: Tensor, num_columns: int, threshold: int) -> Tensor:
     """Which entries ``[num_rows, num_columns]`` stay."""
-    column = torch.arange(num_columns, device=keys.device)
-    return _draw(keys.unsqueeze(1), column) >= threshold
+    column = torch.arange(num_columns, device=row_keys.device)
+    return _draw(row_keys.unsqueeze(1), column) >= threshold
 
 
-def keep_entries(keys: Tensor, column: Tensor, threshold: int) -> Tensor:
+def keep_entries(entry_keys: Tensor, column: Tensor, threshold: int) -> Tensor:
     """Which entries stay, one key and one column each."""
-    return _draw(keys, column.long()) >= threshold
+    return _draw(entry_keys, column.long()) >= threshold

@@ -119,7 +119,9 @@ class SparseRows(NamedTuple):
     """Position in ``values`` of each entry in column order, int64."""
 
     @staticmethod
-    def from_csr(indptr: Tensor, indices: Tensor, values: Tensor, num_columns: int) -> "SparseRows":
+    def from_csr(
+        indptr: Tensor, indices: Tensor, values: Tensor, num_columns: int
+    ) -> "SparseRows":
         """Builds the transposed order of CSR arrays whose ``indptr`` starts at 0."""
         order = torch.argsort(indices, stable=True)
         row = torch.arange(indptr.numel() - 1, device=indptr.device)
