@@ -57,10 +57,21 @@ class Cell(NamedTuple):
     backward: RowBlock | None
     """The transposed operator's rows; columns are own rows and out-mirrors."""
     edges: Edges | None
-    in_exchanges: list[list[Exchange]]
-    """Messages that bring the in-mirrors, one list per chunk of the cell."""
-    out_exchanges: list[list[Exchange]]
+    in_exchanges: list[Exchange]
+    """Messages that bring the in-mirrors, in the order of chunks and peers."""
+    out_exchanges: list[Exchange]
     """Messages that bring the out-mirrors."""
+    forward_halves: "Halves"
+    backward_halves: "Halves"
+
+
+class Halves(NamedTuple):
+    """The rows of a block, split by what they wait for; None stands for all rows."""
+
+    interior: Tensor | None
+    """Rows that read no mirror of their own chunk, int64: ready before any message is."""
+    boundary: Tensor
+    """The other rows, int64."""
 
 
 class Cells(NamedTuple):
@@ -109,17 +120,23 @@ class _Builder:
         """The cell of the chunks ``first:last``."""
         graph = self.graph
         start, end = int(graph.chunk_ptr[first]), int(graph.chunk_ptr[last])
+        in_mirrors = self._mirror_rows(graph.in_mirrors.cell_ptr, first, last)
+        out_mirrors = self._mirror_rows(graph.out_mirrors.cell_ptr, first, last)
+        forward = None if self.forward is None else self.forward.rows(start, end)
+        backward = None if self.backward is None else self.backward.rows(start, end)
         chunks = range(first, last)
         return Cell(
             rows=slice(start, end),
-            in_mirrors=self._mirror_rows(graph.in_mirrors.cell_ptr, first, last),
-            out_mirrors=self._mirror_rows(graph.out_mirrors.cell_ptr, first, last),
+            in_mirrors=in_mirrors,
+            out_mirrors=out_mirrors,
             node_id=self.node_id[start:end],
-            forward=None if self.forward is None else self.forward.rows(start, end),
-            backward=None if self.backward is None else self.backward.rows(start, end),
+            forward=forward,
+            backward=backward,
             edges=self._edges(first, last) if self.operator.startswith("edges") else None,
-            in_exchanges=[self._exchanges(c, is_incoming=True) for c in chunks],
-            out_exchanges=[self._exchanges(c, is_incoming=False) for c in chunks],
+            in_exchanges=[e for c in chunks for e in self._exchanges(c, is_incoming=True)],
+            out_exchanges=[e for c in chunks for e in self._exchanges(c, is_incoming=False)],
+            forward_halves=_halves(forward, in_mirrors),
+            backward_halves=_halves(backward, out_mirrors),
         )
 
     def _mirror_rows(self, cell_ptr: Array, first: int, last: int) -> slice:
@@ -196,3 +213,15 @@ class _Builder:
             graph.node_id[start + target],
         )
         return Edges(*(torch.from_numpy(array).to(self.device) for array in arrays))
+
+
+def _halves(block: RowBlock | None, mirrors: slice) -> Halves:
+    """Splits the rows of a block by whether they read one of the mirrors."""
+    none = torch.empty(0, dtype=torch.int64)
+    if block is None or mirrors.stop == mirrors.start:
+        return Halves(None, none)
+    entries = block.indices[int(block.indptr[0]) : int(block.indptr[-1])]
+    reads_mirror = ((entries >= mirrors.start) & (entries < mirrors.stop)).long()
+    before = torch.cat((reads_mirror.new_zeros(1), reads_mirror.cumsum(0)))
+    counts = before[block.indptr - block.indptr[0]].diff()
+    return Halves((counts == 0).nonzero().squeeze(1), counts.nonzero().squeeze(1))

@@ -126,11 +126,14 @@ class Comm:
         """Receives a known sequence of messages, some always posted ahead of need."""
         return Inbox(self, messages)
 
-    def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
-        """Own boundary rows -> each way that mirrors them; their rows -> own mirror rows."""
+    def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> Callable[[], None]:
+        """Own boundary rows -> each way that mirrors them; their rows -> own mirror rows.
+
+        Returns at once with a function that waits for the rows.
+        """
         sends = [(exchange.peer, table[exchange.send]) for exchange in exchanges]
         receives = [(exchange.peer, table[exchange.receive]) for exchange in exchanges]
-        self._swap(sends, receives)
+        return self._swap(sends, receives)
 
     def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
         """Mirror rows' gradients -> the ways that own them, who add them way by way."""
@@ -139,7 +142,7 @@ class Comm:
             (exchange.peer, table.new_empty((exchange.send.numel(), table.shape[1])))
             for exchange in exchanges
         ]
-        self._swap(sends, receives)
+        self._swap(sends, receives)()
         for exchange, (_, rows) in zip(exchanges, receives, strict=True):
             table.index_add_(0, exchange.send, rows)
 
@@ -201,16 +204,21 @@ class Comm:
 
     def _swap(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
+    ) -> Callable[[], None]:
         """Trades rows with other ways of this stage; empty ones do not travel."""
         operations = [self._halo(dist.irecv, *part) for part in receives if part[1].numel()]
         for way, rows in sends:
             if rows.numel():
                 self._count(rows, "halo")
                 operations.append(self._halo(dist.isend, way, rows))
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
                 self._wait_for(work, "halo", "another way of this stage never traded its halo")
+            operations.clear()  # Until now they kept the sent rows alive.
+
+        return wait
 
     def _halo(self, operation: Callable[..., Any], way: int, rows: Tensor) -> dist.P2POp:
         peer = self.mesh.rank_of(self.mesh.stage_rank(self.rank), way)

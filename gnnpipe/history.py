@@ -16,21 +16,26 @@ A gradient that crosses chunks is multiplied by ``cross_chunk_gradient`` (GNNPip
 restores the expectation of a single crossing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gnnpipe.cell import Cell, Exchange
-from gnnpipe.kernels import aggregate
+from gnnpipe.cell import Cell, Exchange, Halves
+from gnnpipe.kernels import RowBlock, aggregate
 
 
 class Halo(Protocol):
     """Moves table rows between the ways of a stage."""
 
-    def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
-        """Sends own rows to the peers that mirror them and receives the mirrors in place."""
+    def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> Callable[[], None]:
+        """Starts to send own rows to the peers that mirror them, and to receive the mirrors.
+
+        Returns:
+            Waits until all mirrors are in place.
+        """
+        ...
 
     def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
         """Sends mirror rows to their owners, who add them to their rows, peer by peer."""
@@ -108,15 +113,18 @@ class Reader:
         out: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
-    def write(self, x: Tensor) -> None:
-        """Makes the cell's rows fresh, here and in the mirrors of the other ways."""
+    def write(self, x: Tensor) -> Callable[[], None]:
+        """Makes the cell's rows fresh, here and in the mirrors of the other ways.
+
+        Returns:
+            Waits until the other ways' rows of the chunk have arrived here.
+        """
         rows = self.table.values[self.cell.rows]
         if self.table.drift is not None:
             squares = (rows - x).square().sum(), x.square().sum()
             self.table.drift += torch.stack(squares).cpu()
         rows.copy_(x)
-        for exchanges in self.cell.in_exchanges:
-            self.halo.pull(self.table.values, exchanges)
+        return self.halo.pull(self.table.values, self.cell.in_exchanges)
 
 
 class _Aggregate(torch.autograd.Function):
@@ -125,24 +133,34 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
         ctx.reader = reader
-        reader.write(x.detach())
-        assert reader.cell.forward is not None
-        return aggregate(reader.cell.forward, reader.table.values)
+        cell, wait = reader.cell, reader.write(x.detach())
+        assert cell.forward is not None
+        return _overlapped(cell.forward, cell.forward_halves, reader.table.values, wait)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         reader: Reader = ctx.reader
         cell, gradients = reader.cell, reader.table.gradients
         gradients[cell.rows] = grads[0]
-        for exchanges in cell.out_exchanges:
-            reader.halo.pull(gradients, exchanges)
+        wait = reader.halo.pull(gradients, cell.out_exchanges)
         assert cell.backward is not None
-        dx = aggregate(cell.backward, gradients)
+        dx = _overlapped(cell.backward, cell.backward_halves, gradients, wait)
         # From here on these rows are read by other chunks only. Co-processed cells of the
         # other ways belong to this chunk: their mirrors were read with factor 1 above.
         gradients[cell.rows] *= reader.factor
         gradients[cell.out_mirrors] *= reader.factor
         return dx, None
+
+
+def _overlapped(
+    block: RowBlock, halves: Halves, table: Tensor, wait: Callable[[], None]
+) -> Tensor:
+    """Aggregates the rows that need no message while the messages travel, then the others."""
+    out = aggregate(block, table, rows=halves.interior)
+    wait()
+    if halves.boundary.numel():
+        aggregate(block, table, out=out, rows=halves.boundary)
+    return out
 
 
 class _Gather(torch.autograd.Function):
@@ -151,7 +169,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
         ctx.reader = reader
-        reader.write(x.detach())
+        reader.write(x.detach())()
         assert reader.cell.edges is not None
         return torch.cat((x.detach(), reader.table.values[reader.cell.edges.halo]))
 
@@ -165,6 +183,5 @@ class _Gather(torch.autograd.Function):
         # Rows of chunks that come later in the order were historical. They are done already
         # in the backward, so what is added to them here is never read.
         gradients[edges.halo] += torch.where(edges.is_fresh_halo, outside, outside * reader.factor)
-        for exchanges in cell.in_exchanges:
-            reader.halo.push(gradients, exchanges)
+        reader.halo.push(gradients, cell.in_exchanges)
         return grads[0][:num_rows] + gradients[cell.rows], None

@@ -212,9 +212,12 @@ def check_partition(chunked: ChunkedGraph, config: Config) -> None:
             f"(={chunked.num_chunks}); set partition.num_chunks={chunked.num_chunks} or cut again"
         )
     if chunked.num_ways % ways:
-        raise UserError(
-            f"`parallel.num_ways` (={ways}) must divide the ways of the partition "
-            f"(={chunked.num_ways}); cut again with --num-ways {ways}"
+        logger.warning(
+            "the partition has %d way(s), not a multiple of the %d asked for: chunks are split by"
+            " rows, which makes a larger halo; cut again with --num-ways %d",
+            chunked.num_ways,
+            ways,
+            ways,
         )
 
 

@@ -76,10 +76,10 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     Args:
         chunked: the whole graph, possibly memory-mapped; only this way's rows are copied.
         way: index of the way.
-        num_ways: ways per stage; divides the partition's, whose ways are nested.
+        num_ways: ways per stage. If it divides the partition's, whose ways are nested, cells
+            are united; otherwise chunks are split by rows, which makes a larger halo.
     """
-    assert chunked.num_ways % num_ways == 0, (chunked.num_ways, num_ways)
-    cell_ptr = np.asarray(chunked.cell_ptr)[:: chunked.num_ways // num_ways]
+    cell_ptr = _cell_ptr(chunked, num_ways)
     starts, ends = cell_ptr[:-1][way::num_ways], cell_ptr[1:][way::num_ways]
     row_id = _ranges(starts, ends)
     chunk_ptr = np.concatenate(([0], np.cumsum(ends - starts)))
@@ -108,6 +108,18 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
         gcn_scale=(gcn[in_table], gcn[out_table]),
         mean_scale=(mean[in_table], mean[out_table]),
     )
+
+
+def _cell_ptr(chunked: ChunkedGraph, num_ways: int) -> Array:
+    """First new id of each cell (chunk, way) of this run, and N, ``[C * W + 1]``."""
+    cell_ptr = np.asarray(chunked.cell_ptr)
+    if chunked.num_ways % num_ways == 0:
+        nested: Array = cell_ptr[:: chunked.num_ways // num_ways]
+        return nested
+    chunk_ptr = cell_ptr[:: chunked.num_ways]
+    shares = np.arange(num_ways) / num_ways
+    starts = chunk_ptr[:-1, None] + np.diff(chunk_ptr)[:, None] * shares
+    return np.append(starts.astype(np.int64).ravel(), chunk_ptr[-1])
 
 
 class _Side(NamedTuple):

@@ -94,3 +94,34 @@ def directed_weighted() -> ChunkedGraph:
         features_note="made up",
     )
     return cut(graph, [1, 0, 1, 0, 1])
+
+
+def woven(
+    num_nodes: int = 24,
+    *,
+    is_directed: bool = False,
+    is_weighted: bool = False,
+    is_sparse: bool = False,
+) -> Graph:
+    """A random graph with self-loops, two isolated nodes, and training nodes without a label.
+
+    No parallel edges; three classes that the five features tell apart a little.
+    """
+    draw = np.random.default_rng(num_nodes)
+    ends = draw.integers(num_nodes - 2, size=(2, 3 * num_nodes))
+    weight_of = draw.uniform(0.5, 2.0, size=(num_nodes, num_nodes))
+    if not is_directed:
+        ends = np.concatenate([ends, ends[::-1]], axis=1)
+        weight_of = weight_of + weight_of.T
+    source, target = np.unique(np.concatenate([ends, np.full((2, 1), 3)], axis=1), axis=1)
+    labels = draw.integers(3, size=num_nodes)
+    features = (draw.random((num_nodes, 5)) < 0.4).astype(np.float32)
+    features[np.arange(num_nodes), labels] += 1.0
+    return graph_of(
+        num_nodes,
+        list(zip(source.tolist(), target.tolist(), strict=True)),
+        edge_weight=weight_of[source, target].astype(np.float32) if is_weighted else None,
+        features=sparse.csr_array(features) if is_sparse else features,
+        labels=np.where(np.arange(num_nodes) % 9 == 3, -1, labels),
+        num_classes=3,
+    )

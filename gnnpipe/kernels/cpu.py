@@ -71,12 +71,14 @@ def _factor(e, indices, weight, col_scale, one):  # type: ignore[no-untyped-def]
 
 
 def _aggregate(  # type: ignore[no-untyped-def]
-    indptr, indices, weight, row_scale, col_scale, table, out
+    indptr, indices, weight, row_scale, col_scale, rows, table, out
 ):
-    """``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]``."""
+    """``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]`` for i in rows."""
     num_columns = table.shape[1]
     one = table.dtype.type(1)
-    for i in prange(out.shape[0]):
+    num_rows = out.shape[0] if rows is None else rows.shape[0]
+    for k in prange(num_rows):
+        i = k if rows is None else rows[k]
         row = out[i]
         row[:] = 0
         e = indptr[i]

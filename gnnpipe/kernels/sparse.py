@@ -75,10 +75,15 @@ class RowBlock:
         if self.row_scale is not None:
             values = values * self.row_scale.repeat_interleave(self.indptr.diff())
         size = (self.num_rows, num_columns)
-        return torch.sparse_csr_tensor(self.indptr - start, indices, values, size)
+        # Asked for by name: left to the default, torch warns that it does not check.
+        return torch.sparse_csr_tensor(
+            self.indptr - start, indices, values, size, check_invariants=False
+        )
 
 
-def aggregate(block: RowBlock, table: Tensor) -> Tensor:
+def aggregate(
+    block: RowBlock, table: Tensor, *, out: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Multiplies a row block with a table.
 
     ``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]`` over the entries
@@ -87,15 +92,20 @@ def aggregate(block: RowBlock, table: Tensor) -> Tensor:
     Args:
         block: the rows.
         table: ``[num_columns, F]``, contiguous, float32 or float64.
+        out: where to write, ``[block.num_rows, F]``; None allocates.
+        rows: rows of the block to compute, int64, ascending; None is all of them.
 
     Returns:
         ``[block.num_rows, F]``.
     """
+    if out is None:
+        out = table.new_empty((block.num_rows, table.shape[1]))
     if table.device.type != "cpu":
-        return block.matrix(table.shape[0], table.dtype) @ table
-    out = torch.empty((block.num_rows, table.shape[1]), dtype=table.dtype)
+        product = block.matrix(table.shape[0], table.dtype) @ table
+        return out.copy_(product) if rows is None else out.index_copy_(0, rows, product[rows])
     work = block.num_entries * table.shape[1]
-    cpu.aggregate(*block.numpy, table.numpy(), out.numpy(), work=work)
+    chosen = None if rows is None else rows.numpy()
+    cpu.aggregate(*block.numpy, chosen, table.numpy(), out.numpy(), work=work)
     return out
 
 
