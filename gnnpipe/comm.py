@@ -5,39 +5,29 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gnnpipe.cell import Exchange
+from gnnpipe.counter import stream_key
 from gnnpipe.errors import PeerError
 from gnnpipe.mesh import Mesh
+from gnnpipe.messages import KINDS, Format, Formats, Kind, Message, buffer_for, pack, unpack
+from gnnpipe.recorder import MESSAGE_KINDS, SEND, WAIT, Recorder
 
-Kind = Literal["boundary", "carried", "halo", "gradient", "evaluation"]
-KINDS: tuple[Kind, ...] = ("boundary", "carried", "halo", "gradient", "evaluation")
+__all__ = ["KINDS", "Comm", "Groups", "Kind", "Message", "Pending"]
 
-RECEIVE_AHEAD = 6
-"""Receives posted before their messages are needed."""
+COLLECTIVE = -1
+"""Stands for all ways of a stage where a record names a peer."""
 
+_NO_KEY = -1
 _HALO_TAG = 1 << 30
 _WEIGHTS_TAG = _HALO_TAG + 1
-
-
-class Message(NamedTuple):
-    """One tensor between two ranks, known to both ends beforehand."""
-
-    peer: int
-    """Rank at the other end."""
-    tag: int
-    """Distinguishes messages between the same two ranks."""
-    shape: tuple[int, ...]
-    kind: Kind
-    channel: Literal["forward", "backward"]
-    """Which communicator carries it."""
-    name: str
-    """What an error calls it, such as ``2B17``."""
+_NUMBERS_TAG = _HALO_TAG + 2
+_SUM_TAG = _HALO_TAG + 8
 
 
 class Groups(NamedTuple):
@@ -63,6 +53,7 @@ class Comm:
         groups: process groups by purpose.
         like: a tensor that gives dtype and device of activations and gradients.
         timeout_s: longest wait for one message, seconds.
+        formats: how each kind of message travels.
     """
 
     def __init__(
@@ -73,17 +64,22 @@ class Comm:
         groups: Groups,
         like: Tensor,
         timeout_s: float,
+        formats: Formats | None = None,
     ) -> None:
         self.mesh = mesh
         self.rank = rank
         self.sent_bytes: Counter[str] = Counter()
         self.wait_s: defaultdict[str, float] = defaultdict(float)
+        self.recorder = Recorder()
+        self.formats = formats or Formats()
         self._groups = groups
         self._like = like
         self._timeout = timedelta(seconds=timeout_s)
-        self._outgoing: deque[tuple[dist.Work, Message, Tensor]] = deque()
+        self._outgoing: deque[tuple[dist.Work, Kind, str, Tensor]] = deque()
         self._counted_as: Kind | None = None
         self._action = ""
+        self._keys: tuple[int, ...] = ()
+        self._num_rounded = 0
 
     @contextmanager
     def counted_as(self, kind: Kind) -> Iterator[None]:
@@ -92,39 +88,52 @@ class Comm:
         yield
         self._counted_as = None
 
-    def during(self, action: str) -> None:
-        """Names the action that the next waits belong to."""
+    def during(self, action: str, *identity: int) -> None:
+        """Names the action that the next messages belong to.
+
+        Args:
+            action: for errors.
+            *identity: what tells it from all other actions of the run; seeds random rounding.
+        """
         self._action = action
+        self._keys = identity
+        self._num_rounded = 0
+
+    @property
+    def action(self) -> str:
+        """What :meth:`during` named last."""
+        return self._action
 
     def send(self, tensor: Tensor, message: Message) -> None:
         """This rank -> ``message.peer``; returns at once, :meth:`flush` waits."""
         assert tensor.shape == message.shape, (tensor.shape, message)
-        tensor = tensor.contiguous()
-        self._count(tensor, message.kind)
+        start_s = time.perf_counter()
+        payload = self._pack(tensor, message.kind)
+        self._count(payload, message.kind)
         group = getattr(self._groups, message.channel)
-        work = dist.isend(tensor, message.peer, group=group, tag=message.tag)
+        work = dist.isend(payload, message.peer, group=group, tag=message.tag)
         assert work is not None
-        self._outgoing.append((work, message, tensor))
-        while self._outgoing and self._outgoing[0][0].is_completed():
-            self._outgoing.popleft()
+        kind, peer, tag = message.kind, message.peer, message.tag
+        if kind != "evaluation":
+            self.recorder.send(kind, peer, tag, num_bytes=payload.nbytes, start_s=start_s)
+        what = f"{kind} rows {message.name}"
+        self._keep([(work, kind, f"rank {peer} never took {what}", payload)])
 
     def flush(self) -> None:
         """Waits until every send has left."""
         while self._outgoing:
-            work, message, _ = self._outgoing.popleft()
-            self._wait(work, message, "took")
+            work, kind, complaint, _ = self._outgoing.popleft()
+            self._wait_for(work, kind, complaint)
 
     def receive(self, message: Message) -> "Pending":
         """``message.peer`` -> this rank; returns at once."""
         tensor = self._like.new_empty(message.shape)
+        form = self._format(message.kind)
+        payload = buffer_for(tensor, form)
         group = getattr(self._groups, message.channel)
-        work = dist.irecv(tensor, message.peer, group=group, tag=message.tag)
+        work = dist.irecv(payload, message.peer, group=group, tag=message.tag)
         assert work is not None
-        return Pending(self, work, message, tensor)
-
-    def inbox(self, messages: Sequence[Message]) -> "Inbox":
-        """Receives a known sequence of messages, some always posted ahead of need."""
-        return Inbox(self, messages)
+        return Pending(self, work, message, tensor, payload, form)
 
     def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> Callable[[], None]:
         """Own boundary rows -> each way that mirrors them; their rows -> own mirror rows.
@@ -137,7 +146,8 @@ class Comm:
 
     def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
         """Mirror rows' gradients -> the ways that own them, who add them way by way."""
-        sends = [(exchange.peer, table[exchange.receive]) for exchange in exchanges]
+        # A copy: the rows may change before they have left.
+        sends = [(exchange.peer, table[exchange.receive].clone()) for exchange in exchanges]
         receives = [
             (exchange.peer, table.new_empty((exchange.send.numel(), table.shape[1])))
             for exchange in exchanges
@@ -146,23 +156,22 @@ class Comm:
         for exchange, (_, rows) in zip(exchanges, receives, strict=True):
             table.index_add_(0, exchange.send, rows)
 
-    def reduce_over_ways(self, tensors: Sequence[Tensor]) -> None:
-        """Every way of this stage -> every other: sums in place, in one bucket.
+    def start_sum(self, bucket: Tensor) -> Callable[[], None]:
+        """Every way of this stage -> every other: the sum over ways, in place.
 
-        Counted as a ring moves it: ``2 (W - 1)`` times the payload over all ways.
+        Returns at once with a function that waits for the sum. Counted as a ring moves it:
+        ``2 (W - 1)`` times the payload over all ways.
         """
-        ways = self.mesh.num_ways
-        if ways == 1 or not tensors:
-            return
-        bucket = torch.cat([tensor.flatten() for tensor in tensors])
-        total, way = 2 * (ways - 1) * bucket.nbytes, self.mesh.way(self.rank)
-        self.sent_bytes["gradient"] += total * (way + 1) // ways - total * way // ways
+        ways, way = self.mesh.num_ways, self.mesh.way(self.rank)
+        total, start_s = 2 * (ways - 1) * bucket.nbytes, time.perf_counter()
+        num_bytes = total * (way + 1) // ways - total * way // ways
+        self.sent_bytes["gradient"] += num_bytes
+        key = self.recorder.number(SEND, "gradient", COLLECTIVE)
         work = dist.all_reduce(bucket, group=self._groups.ways, async_op=True)
         assert work is not None
-        self._wait_for(work, "gradient", "some way of this stage never reached the weight sum")
-        parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        self.recorder.send("gradient", COLLECTIVE, key, num_bytes=num_bytes, start_s=start_s)
+        complaint = "some way of this stage never reached the weight sum"
+        return lambda: self._wait_for(work, "gradient", complaint, peer=COLLECTIVE, key=key)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Every rank -> every other: the elementwise sum of small CPU tensors."""
@@ -172,15 +181,50 @@ class Comm:
             self._wait_collective(work, "the sum over all ranks")
         return values
 
-    def gather_at_first(self, values: Tensor) -> list[Tensor]:
-        """Every rank -> rank 0: small CPU tensors of one shape; empty elsewhere."""
+    def largest_over_ranks(self, value: int) -> int:
+        """Every rank -> every other: the largest of a number each."""
+        largest = torch.tensor(value)
+        if self.mesh.world_size > 1:
+            work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
+            assert work is not None
+            self._wait_collective(work, "the maximum over all ranks")
+        return int(largest)
+
+    def gather_at_first(self, values: Tensor) -> Callable[[], list[Tensor]]:
+        """Every rank -> rank 0: small CPU tensors of one shape.
+
+        Returns at once with a function that waits; on ranks other than 0 it gives an empty list
+        as soon as their part has left.
+        """
         if self.mesh.world_size == 1:
-            return [values]
+            return lambda: [values]
         parts = [torch.empty_like(values) for _ in range(self.mesh.world_size)]
         work = dist.gather(values, parts if self.rank == 0 else None, async_op=True)
         assert work is not None
-        self._wait_collective(work, "the end of the epoch")
-        return parts if self.rank == 0 else []
+        kept = [values]  # Until it has left.
+
+        def wait() -> list[Tensor]:
+            self._wait_collective(work, "the end of the epoch")
+            kept.clear()
+            return parts if self.rank == 0 else []
+
+        return wait
+
+    def tell(self, peer: int, numbers: Sequence[float]) -> None:
+        """This rank -> ``peer``: a few numbers, received by :meth:`hear`."""
+        values = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.isend(values, peer, tag=_NUMBERS_TAG)
+        assert work is not None
+        self._wait_for(work, "ranks", f"rank {peer} never took a few numbers")
+
+    def hear(self, peer: int, count: int) -> list[float]:
+        """``peer`` -> this rank: as many numbers as it tells."""
+        values = torch.empty(count, dtype=torch.float64)
+        work = dist.irecv(values, peer, tag=_NUMBERS_TAG)
+        assert work is not None
+        self._wait_for(work, "ranks", f"rank {peer} never told a few numbers")
+        numbers: list[float] = values.tolist()
+        return numbers
 
     def collect_flat(self, flat: Tensor | None, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """One flat tensor of each listed rank -> rank 0.
@@ -202,48 +246,119 @@ class Comm:
                 result.append(part)
         return result
 
-    def _swap(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    def trade(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        kind: Kind,
     ) -> Callable[[], None]:
-        """Trades rows with other ways of this stage; empty ones do not travel."""
-        operations = [self._halo(dist.irecv, *part) for part in receives if part[1].numel()]
-        for way, rows in sends:
-            if rows.numel():
-                self._count(rows, "halo")
-                operations.append(self._halo(dist.isend, way, rows))
+        """Payloads -> other ways of this stage, theirs -> here; empty ones do not travel.
+
+        Args:
+            sends: way and payload (see ``messages.pack``).
+            receives: way and where its rows go, ``[num_rows, F]`` each.
+            kind: what they are and count as.
+
+        Returns:
+            Waits until all rows have come.
+        """
+        start_s, form = time.perf_counter(), self._format(kind)
+        coming = [
+            (self._way_rank(way), target, buffer_for(target, form))
+            for way, target in receives
+            if target.numel()
+        ]
+        leaving = [(self._way_rank(way), payload) for way, payload in sends if payload.numel()]
+        operations = [self._operation(dist.irecv, peer, rows, kind) for peer, _, rows in coming]
+        operations += [self._operation(dist.isend, peer, rows, kind) for peer, rows in leaving]
         works = dist.batch_isend_irecv(operations) if operations else []
+        complaint = f"another way of this stage never traded its {kind}"
+        for peer, payload in leaving:
+            self._record_send(kind, peer, payload, start_s)
+        keys = [(peer, self._number(WAIT, kind, peer)) for peer, _, _ in coming]
+        if len(works) == len(operations):  # gloo; NCCL has one work for all, quick to wait for.
+            gone = zip(works[len(coming) :], leaving, strict=True)
+            self._keep([(work, kind, complaint, payload) for work, (_, payload) in gone])
+            works = works[: len(coming)]
 
         def wait() -> None:
-            for work in works:
-                self._wait_for(work, "halo", "another way of this stage never traded its halo")
+            for work, (peer, key) in zip(works, keys, strict=False):
+                self._wait_for(work, kind, complaint, peer=peer, key=key)
+            for _, target, payload in coming:
+                unpack(payload, form, target=target)
             operations.clear()  # Until now they kept the sent rows alive.
 
         return wait
 
-    def _halo(self, operation: Callable[..., Any], way: int, rows: Tensor) -> dist.P2POp:
-        peer = self.mesh.rank_of(self.mesh.stage_rank(self.rank), way)
-        return dist.P2POp(operation, rows, peer, group=self._groups.halo, tag=_HALO_TAG)
+    def _keep(self, leaving: Sequence[tuple[dist.Work, Kind, str, Tensor]]) -> None:
+        """Holds what is being sent until it has left."""
+        self._outgoing += leaving
+        while self._outgoing and self._outgoing[0][0].is_completed():
+            self._outgoing.popleft()
+
+    def _swap(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        """Trades halo rows."""
+        payloads = [(way, self._pack(rows, "halo")) for way, rows in sends]
+        return self.trade(payloads, receives, "halo")
+
+    def _operation(
+        self, operation: Callable[..., Any], peer: int, payload: Tensor, kind: Kind
+    ) -> dist.P2POp:
+        tag = _HALO_TAG if kind == "halo" else _SUM_TAG
+        return dist.P2POp(operation, payload, peer, group=self._groups.halo, tag=tag)
+
+    def _way_rank(self, way: int) -> int:
+        return self.mesh.rank_of(self.mesh.stage_rank(self.rank), way)
+
+    def _format(self, kind: Kind) -> Format:
+        return self.formats.of(self._counted_as or kind)
+
+    def _pack(self, rows: Tensor, kind: Kind) -> Tensor:
+        form = self._format(kind)
+        if form != "int8":
+            return pack(rows, form, key=0)
+        self._num_rounded += 1
+        key = stream_key(self.formats.seed, *self._keys, self.mesh.way(self.rank))
+        return pack(rows, form, key=stream_key(key, self._num_rounded))
+
+    def _record_send(self, kind: Kind, peer: int, payload: Tensor, start_s: float) -> None:
+        self._count(payload, kind)
+        if self._counted_as is None:
+            key = self._number(SEND, kind, peer)
+            self.recorder.send(kind, peer, key, num_bytes=payload.nbytes, start_s=start_s)
+
+    def _number(self, what: int, kind: Kind, peer: int) -> int:
+        return self.recorder.number(what, kind, peer) if self._counted_as is None else _NO_KEY
 
     def _count(self, tensor: Tensor, kind: Kind) -> None:
         self.sent_bytes[self._counted_as or kind] += tensor.numel() * tensor.element_size()
 
-    def _wait(self, work: dist.Work, message: Message, verb: str) -> None:
-        what = f"{message.kind} rows {message.name}"
-        self._wait_for(work, message.kind, f"rank {message.peer} never {verb} {what}")
-
     def _wait_collective(self, work: dist.Work, what: str) -> None:
         self._wait_for(work, "ranks", f"some rank never reached {what}")
 
-    def _wait_for(self, work: dist.Work, kind: str, complaint: str) -> None:
-        start = time.perf_counter()
+    def _wait_for(
+        self,
+        work: dist.Work,
+        kind: str,
+        complaint: str,
+        *,
+        peer: int = COLLECTIVE,
+        key: int = _NO_KEY,
+    ) -> None:
+        start_s = time.perf_counter()
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
             raise PeerError(
-                f"{complaint}, waited {time.perf_counter() - start:.1f} s "
+                f"{complaint}, waited {time.perf_counter() - start_s:.1f} s "
                 f"(limit {self._timeout.total_seconds():g} s) in {self._action}: {error}"
             ) from error
-        self.wait_s[kind] += time.perf_counter() - start
+        end_s = time.perf_counter()
+        self.wait_s[kind] += end_s - start_s
+        if key != _NO_KEY and kind in MESSAGE_KINDS:
+            self.recorder.wait(kind, peer, key, start_s=start_s, end_s=end_s)
 
 
 class Pending(NamedTuple):
@@ -253,31 +368,14 @@ class Pending(NamedTuple):
     work: dist.Work
     message: Message
     tensor: Tensor
+    payload: Tensor
+    form: Format
 
     def take(self) -> Tensor:
         """Waits for the tensor."""
-        self.comm._wait(self.work, self.message, "sent")
+        message = self.message
+        complaint = f"rank {message.peer} never sent {message.kind} rows {message.name}"
+        key = {"peer": message.peer, "key": message.tag}
+        self.comm._wait_for(self.work, message.kind, complaint, **key)
+        unpack(self.payload, self.form, target=self.tensor)
         return self.tensor
-
-
-class Inbox:
-    """A known sequence of receives; :meth:`take` hands them out in that order."""
-
-    def __init__(self, comm: Comm, messages: Sequence[Message]) -> None:
-        self._comm = comm
-        self._coming = iter(messages)
-        self._posted: deque[Pending] = deque()
-        for _ in range(RECEIVE_AHEAD):
-            self._post()
-
-    def take(self) -> Tensor:
-        """The next tensor of the sequence."""
-        pending = self._posted.popleft()
-        tensor = pending.take()
-        self._post()
-        return tensor
-
-    def _post(self) -> None:
-        message = next(self._coming, None)
-        if message is not None:
-            self._posted.append(self._comm.receive(message))

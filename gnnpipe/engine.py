@@ -4,18 +4,22 @@ The engine moves chunks through the rank's stages in the order the schedule says
 rows mean is the stage's business, how they travel is ``comm``'s.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gnnpipe.comm import Comm, Inbox, Message
+from gnnpipe.comm import Comm, Message
+from gnnpipe.inbox import Inbox
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets, count_correct, cross_entropy
 from gnnpipe.models.layer import Layer
+from gnnpipe.recorder import message_tag
 from gnnpipe.schedule import Action
-from gnnpipe.stage import Flow, Stage
+from gnnpipe.stage import Flow, LocalLayer, Stage
+from gnnpipe.weight_sums import WeightSums
 
 
 class Cut(NamedTuple):
@@ -83,6 +87,7 @@ class Engine:
         self._chunk_sizes = [targets.labels.numel() for targets in inputs.targets]
         self._handed: dict[Action, Flow] = {}
         self._loss_gradients: dict[int, Tensor] = {}
+        self.weight_sums = WeightSums(comm)
 
     def train_step(self, epoch: int, order: Sequence[int], *, is_measured: bool = False) -> float:
         """Runs all actions; parameter gradients are complete afterwards.
@@ -96,21 +101,25 @@ class Engine:
             This rank's part of the loss: the sum over its chunks where it holds the last
             stage, 0 elsewhere.
         """
+        self._comm.flush()  # What the step before sent has left long ago.
         for stage in self.stages.values():
             stage.start_epoch(epoch, is_measured=is_measured)
-        inbox = self._comm.inbox(list(self._expected(order)))
+        inbox = Inbox(self._comm, list(self._expected(order)))
         loss = 0.0
         for action in self._actions:
-            self._comm.during(repr(action))
-            chunk = order[action.chunk_index]
-            if action.kind == "F":
-                loss += self._forward(action, chunk, inbox)
+            start_s = time.perf_counter()
+            stage_index, kind, position = action
+            self._comm.during(repr(action), epoch, stage_index, ord(kind), position)
+            if kind == "F":
+                loss += self._forward(action, order[position], inbox)
             else:
-                self._backward(action, chunk, inbox)
+                self._backward(action, order[position], inbox, epoch=epoch)
+            end_s = time.perf_counter()
+            self._comm.recorder.action(kind, stage_index, position, start_s=start_s, end_s=end_s)
+        self._comm.during("the weight sums")
+        self.weight_sums.finish()
         for stage in self.stages.values():
-            self._comm.reduce_over_ways([p.grad for p in stage.parameters if p.grad is not None])
             stage.end_epoch()
-        self._comm.flush()
         return loss
 
     def infer(self, *, into_tables: bool = False) -> Tensor | None:
@@ -182,12 +191,21 @@ class Engine:
         )
         return float(loss)
 
-    def _backward(self, action: Action, chunk: int, inbox: Inbox) -> None:
+    def _backward(self, action: Action, chunk: int, inbox: Inbox, *, epoch: int) -> None:
         if action.stage_index == self._last:
             flow = Flow(self._loss_gradients.pop(chunk), {})
         else:
             flow = self._obtain(action, inbox)
-        gradient = self.stages[action.stage_index].backward(chunk, flow)
+
+        def layer_done(local: LocalLayer) -> None:
+            """Its gradients are complete: their sum travels while other layers compute."""
+            gradients = [p.grad for p in local.layer.parameters() if p.grad is not None]
+            self.weight_sums.start(local.layer_index, gradients, epoch=epoch)
+
+        is_last = action.chunk_index == 0  # backwards run in reverse
+        gradient = self.stages[action.stage_index].backward(
+            chunk, flow, layer_done=layer_done if is_last else None
+        )
         if action.stage_index > 0:
             previous = action._replace(stage_index=action.stage_index - 1)
             self._hand_over(previous, gradient, self._chunk_sizes[chunk])
@@ -254,10 +272,10 @@ class Engine:
         if self._source(action) == self._comm.rank:
             return self._handed.pop(action)
         messages = list(self._messages(action, self._source(action), num_rows))
-        return self._obtain(action, self._comm.inbox(messages))
+        return self._obtain(action, Inbox(self._comm, messages))
 
 
 def _tag(action: Action, item: int, num_chunks: int) -> int:
     """A number that no other message between the same two ranks has in one step."""
     position = action.stage_index * num_chunks + action.chunk_index
-    return (position * 2 + (action.kind == "B")) * 8 + item
+    return message_tag(position, item, is_backward=action.kind == "B")
