@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gnnpipe.kernels import RowBlock
-from gnnpipe.way import Adjacency, WayGraph, with_self_loops
+from gnnpipe.way import Adjacency, WayGraph, with_self_loops, without_self_loops
 
 Array = np.ndarray[Any, Any]
 
@@ -39,11 +39,15 @@ class Edges(NamedTuple):
     """Original id of each edge's source, ``[E]``, int64."""
     target_id: Tensor
     """Original id of each edge's target, ``[E]``, int64."""
+    values: dict[str, Tensor]
+    """What the edges have of ``weight [E]``, ``attr [E, D]`` and ``type [E]``."""
 
 
 class Cell(NamedTuple):
     """The rows ``rows`` of a way's table, seen through one operator."""
 
+    place: tuple[int, int]
+    """Its (first) chunk and its way."""
     rows: slice
     """Own table rows."""
     in_mirrors: slice
@@ -63,6 +67,8 @@ class Cell(NamedTuple):
     """Messages that bring the out-mirrors."""
     forward_halves: "Halves"
     backward_halves: "Halves"
+    is_closed: bool
+    """Whether the backward reads no row of another cell."""
 
 
 class Halves(NamedTuple):
@@ -108,10 +114,16 @@ class _Builder:
         self.adjacency = graph.incoming
         self.forward: RowBlock | None = None
         self.backward: RowBlock | None = None
-        if operator in ("sum", "mean", "gcn"):
+        self.edge_scale: Array | None = None
+        if operator in ("sum", "mean", "gcn", "sym", "laplacian"):
             self.forward, self.backward = self._blocks()
         elif operator == "edges_self":
             self.adjacency = with_self_loops(graph.incoming, keep_weight=False)
+        elif operator == "edges_gcn":
+            self.adjacency = with_self_loops(graph.incoming, keep_weight=True)
+            self.edge_scale = graph.gcn_scale[0]
+        elif operator == "edges_sym":
+            self.edge_scale = graph.sym_scale[0]
 
     def whole(self) -> Cell:
         return self.cell(0, self.graph.num_chunks)
@@ -126,6 +138,7 @@ class _Builder:
         backward = None if self.backward is None else self.backward.rows(start, end)
         chunks = range(first, last)
         return Cell(
+            place=(first, graph.way),
             rows=slice(start, end),
             in_mirrors=in_mirrors,
             out_mirrors=out_mirrors,
@@ -137,6 +150,7 @@ class _Builder:
             out_exchanges=[e for c in chunks for e in self._exchanges(c, is_incoming=False)],
             forward_halves=_halves(forward, in_mirrors),
             backward_halves=_halves(backward, out_mirrors),
+            is_closed=backward is not None and _is_closed(backward, start, end),
         )
 
     def _mirror_rows(self, cell_ptr: Array, first: int, last: int) -> slice:
@@ -161,11 +175,12 @@ class _Builder:
         """The operator and its transpose, over all rows of the way."""
         graph, rows = self.graph, self.graph.num_rows
         incoming, outgoing = graph.incoming, graph.outgoing
-        if self.operator == "gcn":
-            incoming = with_self_loops(incoming, keep_weight=True)
+        if self.operator in ("gcn", "sym", "laplacian"):
             is_same = graph.outgoing is graph.incoming
-            outgoing = incoming if is_same else with_self_loops(outgoing, keep_weight=True)
-            into, out_of = (self._scale(scale) for scale in graph.gcn_scale)
+            incoming = self._relooped(incoming)
+            outgoing = incoming if is_same else self._relooped(outgoing)
+            scales = getattr(graph, f"{self.operator}_scale")
+            into, out_of = (self._scale(scale) for scale in scales)
             return (
                 self._block(incoming, incoming.weight, into[:rows], into),
                 self._block(outgoing, outgoing.weight, out_of[:rows], out_of),
@@ -174,6 +189,12 @@ class _Builder:
         row_scale = None if scale is None else scale[:rows]
         forward = self._block(incoming, None, row_scale, None)
         return forward, self._block(outgoing, None, None, scale)
+
+    def _relooped(self, adjacency: Adjacency) -> Adjacency:
+        """The edges with the self-loops that a normalised operator wants."""
+        if self.operator == "gcn":
+            return with_self_loops(adjacency, keep_weight=True)
+        return adjacency if self.operator == "sym" else without_self_loops(adjacency)
 
     def _scale(self, scale: Array) -> Tensor:
         return torch.from_numpy(scale).to(self.device, self.dtype)
@@ -212,7 +233,36 @@ class _Builder:
             graph.node_id[column],
             graph.node_id[start + target],
         )
-        return Edges(*(torch.from_numpy(array).to(self.device) for array in arrays))
+        entries = slice(int(indptr[0]), int(indptr[-1]))
+        values = self._edge_values(entries, column, start + target)
+        halo_rows, fresh, edges, source_id, target_id = (
+            torch.from_numpy(array).to(self.device) for array in arrays
+        )
+        return Edges(halo_rows, fresh, edges, source_id, target_id, values)
+
+    def _edge_values(self, entries: slice, column: Array, row: Array) -> dict[str, Tensor]:
+        """What the edges carry, in the order of the block; normalised weights where asked."""
+        adjacency, found = self.adjacency, {}
+        weight = None if adjacency.weight is None else adjacency.weight[entries]
+        if self.edge_scale is not None:
+            scale = self.edge_scale
+            weight = scale[row] * (1.0 if weight is None else weight) * scale[column]
+        real = {
+            "weight": weight,
+            "attr": None if adjacency.attr is None else adjacency.attr[entries],
+        }
+        for name, array in real.items():
+            if array is not None:
+                found[name] = torch.from_numpy(array).to(self.device, self.dtype)
+        if adjacency.type is not None:
+            found["type"] = torch.from_numpy(adjacency.type[entries]).to(self.device)
+        return found
+
+
+def _is_closed(block: RowBlock, start: int, end: int) -> bool:
+    """Whether all columns of a block lie in ``start:end``."""
+    entries = block.indices[int(block.indptr[0]) : int(block.indptr[-1])]
+    return bool(((entries >= start) & (entries < end)).all())
 
 
 def _halves(block: RowBlock | None, mirrors: slice) -> Halves:

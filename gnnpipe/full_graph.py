@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gnnpipe.counter import GOLDEN_64, stream_key
 from gnnpipe.graph import Graph
-from gnnpipe.models.layer import Operator, Rows
+from gnnpipe.models.layer import EdgeValue, Operator, Rows
 
 _LOW_32 = (1 << 32) - 1
 
@@ -32,12 +32,13 @@ class FullGraph:
         self.num_nodes = graph.num_nodes
         self.features = _features(graph, dtype).to(device)  # [N, F], dense or torch.sparse
         self._edges = _Edges(*(part.to(device) for part in _edges(graph)))
+        self._graph = graph
         self._dtype = dtype
         self._matrices: dict[Operator, Tensor] = {}
         self._edge_indices: dict[Operator, Tensor] = {}
 
     def matrix(self, operator: Operator) -> Tensor:
-        """The operator ``sum``, ``mean`` or ``gcn`` as torch.sparse, ``[N, N]``."""
+        """The operator as torch.sparse, ``[N, N]``; one that ``aggregate`` serves."""
         if operator not in self._matrices:
             edges = _coefficients(self._edges, operator, self.num_nodes)
             index = torch.stack([edges.target, edges.source])
@@ -46,15 +47,29 @@ class FullGraph:
         return self._matrices[operator]
 
     def edge_index(self, operator: Operator) -> Tensor:
-        """Sources and targets of ``edges`` or ``edges_self``, ``[2, E]``, sorted by target."""
+        """Sources and targets that ``gather`` gives, ``[2, E]``, sorted by target."""
         if operator not in self._edge_indices:
-            assert operator in ("edges", "edges_self"), operator
+            assert operator.startswith("edges"), operator
             edges = self._edges
-            if operator == "edges_self":
+            if operator in ("edges_self", "edges_gcn"):
                 edges = _with_self_loops(edges, self.num_nodes)
             order = edges.target.argsort(stable=True)
             self._edge_indices[operator] = torch.stack([edges.source, edges.target])[:, order]
         return self._edge_indices[operator]
+
+    def edge_values(self, operator: Operator, name: EdgeValue) -> Tensor | None:
+        """Values on the edges of ``edge_index``; None where the graph has none."""
+        if operator in ("edges_gcn", "edges_sym"):
+            if name != "weight":
+                return None
+            wanted: Operator = "gcn" if operator == "edges_gcn" else "sym"
+            edges = _coefficients(self._edges, wanted, self.num_nodes)
+            return edges.weight[edges.target.argsort(stable=True)].to(self._dtype)
+        array = getattr(self._graph, f"edge_{name}")
+        if array is None:
+            return None
+        values = torch.from_numpy(array).to(self._edges.source.device)
+        return values if name == "type" else values.to(self._dtype)
 
 
 class FullGraphView:
@@ -113,6 +128,14 @@ class FullGraphView:
         keys = row_keys(key, *self._full.edge_index(self._operator).unsqueeze(2))  # [E, 1]
         column = torch.arange(alpha.shape[1], device=alpha.device)
         return alpha * dropout_factor(keys, column, p).to(alpha.dtype)
+
+    def edge_values(self, name: EdgeValue) -> Tensor | None:
+        """What the edges of ``gather`` have."""
+        return self._full.edge_values(self._operator, name)
+
+    def foreign_seed(self) -> int | None:
+        """The seed of chunk 0 and way 0: here everything is one chunk."""
+        return None if self._stream is None else stream_key(*self._stream, 0, 0)
 
     def carry(self, name: str, value: Tensor) -> None:
         """Keeps ``value [N, F]`` for later layers."""
@@ -216,6 +239,14 @@ def _with_self_loops(edges: _Edges, num_nodes: int) -> _Edges:
 
 def _coefficients(edges: _Edges, operator: Operator, num_nodes: int) -> _Edges:
     """The edges with the operator's coefficients as weights; only ``gcn`` minds the graph's."""
+    if operator in ("sym", "laplacian"):
+        source, target, weight = edges
+        if operator == "laplacian":
+            source, target, weight = (part[source != target] for part in edges)
+        counted = target if operator == "sym" else source
+        degree = weight.new_zeros(num_nodes).index_add(0, counted, weight)
+        scale = degree.pow(-0.5).masked_fill(degree == 0.0, 0.0)  # [N]
+        return _Edges(source, target, scale[target] * weight * scale[source])
     assert operator in ("sum", "mean", "gcn"), operator
     if operator == "gcn":
         source, target, weight = _with_self_loops(edges, num_nodes)

@@ -26,6 +26,10 @@ class Adjacency(NamedTuple):
     """Table row of each entry, int32."""
     weight: Array | None
     """Edge weight of each entry, or None."""
+    attr: Array | None = None
+    """Attributes of each entry ``[E, D]``, or None; incoming edges only."""
+    type: Array | None = None
+    """Type of each entry ``[E]``, or None; incoming edges only."""
 
 
 class Mirrors(NamedTuple):
@@ -63,6 +67,10 @@ class WayGraph(NamedTuple):
     """``degree^-1/2`` with self-loops, of own rows and in-mirrors, and of own and out-mirrors."""
     mean_scale: tuple[Array, Array]
     """``1 / max(in-degree, 1)``, of own rows and in-mirrors, and of own and out-mirrors."""
+    sym_scale: tuple[Array, Array]
+    """``degree^-1/2`` without added self-loops, likewise."""
+    laplacian_scale: tuple[Array, Array]
+    """``out-degree^-1/2`` without self-loops, likewise."""
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +91,8 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     starts, ends = cell_ptr[:-1][way::num_ways], cell_ptr[1:][way::num_ways]
     row_id = _ranges(starts, ends)
     chunk_ptr = np.concatenate(([0], np.cumsum(ends - starts)))
-    pulls = _Side(chunked.indptr, chunked.indices, chunked.edge_weight)
+    values = (chunked.edge_attr, chunked.edge_type)
+    pulls = _Side(chunked.indptr, chunked.indices, chunked.edge_weight, *values)
     pushes = _Side(chunked.out_indptr, chunked.out_indices, chunked.out_edge_weight)
     numbering = _Numbering(way, num_ways, cell_ptr, row_id, chunk_ptr)
     incoming, in_mirrors = numbering.localise(pulls)
@@ -92,6 +101,7 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     in_table = np.concatenate((row_id, in_mirrors.row_id))
     out_table = np.concatenate((row_id, out_mirrors.row_id))
     gcn, mean = _gcn_scale(chunked), _mean_scale(chunked)
+    sym, laplacian = _sym_scale(chunked), _laplacian_scale(chunked)
     return WayGraph(
         way=way,
         num_ways=num_ways,
@@ -107,6 +117,8 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
         out_sends=numbering.sends(incoming, in_mirrors),
         gcn_scale=(gcn[in_table], gcn[out_table]),
         mean_scale=(mean[in_table], mean[out_table]),
+        sym_scale=(sym[in_table], sym[out_table]),
+        laplacian_scale=(laplacian[in_table], laplacian[out_table]),
     )
 
 
@@ -126,6 +138,8 @@ class _Side(NamedTuple):
     indptr: Array
     indices: Array
     weight: Array | None
+    attr: Array | None = None
+    type: Array | None = None
 
 
 class _Numbering(NamedTuple):
@@ -146,9 +160,12 @@ class _Numbering(NamedTuple):
         local = np.empty(column_id.size, np.int32)
         local[is_own] = np.searchsorted(self.row_id, column_id[is_own])
         local[~is_own] = self.row_id.size + np.searchsorted(mirror_id, column_id[~is_own])
-        weight = None if side.weight is None else np.asarray(side.weight[entries])
+        weight, attr, type_id = (
+            None if values is None else np.asarray(values[entries])
+            for values in (side.weight, side.attr, side.type)
+        )
         mirrors = Mirrors(mirror_id, np.searchsorted(mirror_id, self.cell_ptr))
-        return Adjacency(indptr, local, weight), mirrors
+        return Adjacency(indptr, local, weight, attr, type_id), mirrors
 
     def way_of(self, new_id: Array) -> Array:
         """Way that owns each new id."""
@@ -196,6 +213,17 @@ def with_self_loops(adjacency: Adjacency, *, keep_weight: bool) -> Adjacency:
     return Adjacency(indptr, indices, weight)
 
 
+def without_self_loops(adjacency: Adjacency) -> Adjacency:
+    """The rows of own nodes without the entries that point at the row itself."""
+    num_rows = adjacency.indptr.size - 1
+    row = np.repeat(np.arange(num_rows, dtype=np.int64), np.diff(adjacency.indptr))
+    is_kept = adjacency.indices != row
+    count = np.bincount(row[is_kept], minlength=num_rows)
+    weight = None if adjacency.weight is None else adjacency.weight[is_kept]
+    indptr = np.concatenate(([0], np.cumsum(count)))
+    return Adjacency(indptr, adjacency.indices[is_kept], weight)
+
+
 def _ranges(starts: Array, ends: Array) -> Array:
     """Concatenates the integer ranges ``starts[i]:ends[i]``."""
     size = ends - starts
@@ -216,19 +244,42 @@ def _mean_scale(chunked: ChunkedGraph) -> Array:
     return scale
 
 
+def _sym_scale(chunked: ChunkedGraph) -> Array:
+    """``degree^-1/2`` of every node; the degree sums its in-edge weights."""
+    row, _, entry = _entries(chunked)
+    return _inverse_root(np.bincount(row, weights=entry, minlength=chunked.num_nodes))
+
+
+def _laplacian_scale(chunked: ChunkedGraph) -> Array:
+    """``degree^-1/2`` of every node; the degree sums its out-edge weights but self-loops'."""
+    row, column, entry = _entries(chunked)
+    is_loop = column == row
+    degree = np.bincount(column[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes)
+    return _inverse_root(degree)
+
+
+def _entries(chunked: ChunkedGraph) -> tuple[Array, Array, Array]:
+    """Target, source and weight of every edge."""
+    indptr: Array = np.asarray(chunked.indptr)
+    row = np.repeat(np.arange(chunked.num_nodes), np.diff(indptr))
+    weight = chunked.edge_weight
+    entry = np.ones(row.size) if weight is None else np.asarray(weight, np.float64)
+    return row, np.asarray(chunked.indices), entry
+
+
+def _inverse_root(degree: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        scale: Array = np.where(degree > 0, degree**-0.5, 0.0)
+    return scale
+
+
 def _gcn_scale(chunked: ChunkedGraph) -> Array:
     """``degree^-1/2`` of every node; the degree sums in-edge weights and one self-loop."""
-    indptr = np.asarray(chunked.indptr)
-    row = np.repeat(np.arange(chunked.num_nodes), np.diff(indptr))
-    whole = Adjacency(indptr, np.asarray(chunked.indices), chunked.edge_weight)
-    is_loop = whole.indices == row
-    entry = np.ones(row.size) if whole.weight is None else np.asarray(whole.weight, np.float64)
+    row, column, entry = _entries(chunked)
+    is_loop = column == row
     degree: Array = np.bincount(
         row[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes
     )
     loop = np.ones(chunked.num_nodes)
     loop[row[is_loop]] = entry[is_loop]
-    degree = degree + loop
-    with np.errstate(divide="ignore"):
-        scale: Array = np.where(degree > 0, degree**-0.5, 0.0)
-    return scale
+    return _inverse_root(degree + loop)

@@ -187,6 +187,13 @@ class SpyView:
         self.calls.append(f"edge_dropout {p}")
         return alpha
 
+    def edge_values(self, name: str) -> Tensor | None:
+        self.calls.append(f"edge_values {name}")
+        return None
+
+    def foreign_seed(self) -> int | None:
+        return None
+
     def carry(self, name: str, value: Tensor) -> None:
         self.calls.append(f"carry {name}")
         self.values[name] = value

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from gnnpipe.kernels import SparseRows
 
 Rows = TypeVar("Rows", Tensor, SparseRows)
-Operator = Literal["none", "sum", "mean", "gcn", "edges", "edges_self"]
+Operator = Literal[
+    "none",
+    "sum",
+    "mean",
+    "gcn",
+    "sym",
+    "laplacian",
+    "edges",
+    "edges_self",
+    "edges_gcn",
+    "edges_sym",
+]
+EdgeValue = Literal["weight", "attr", "type"]
 
 
 class GraphView(Protocol):
@@ -51,6 +63,18 @@ class GraphView(Protocol):
         """The same for values on the edges of ``gather``, ``[E, heads]``."""
         ...
 
+    def edge_values(self, name: EdgeValue) -> Tensor | None:
+        """Values on the edges of ``gather``, in its order; None where the graph has none.
+
+        ``weight [E]`` (of ``edges_gcn`` and ``edges_sym``: normalised by the whole graph's
+        degrees), ``attr [E, D]``, ``type [E]`` int64.
+        """
+        ...
+
+    def foreign_seed(self) -> int | None:
+        """Seed of a module that draws from torch's generator; None in evaluation."""
+        ...
+
     def carry(self, name: str, value: Tensor) -> None:
         """Hands ``value [num_rows, F]`` to later layers that read ``name``."""
         ...
@@ -66,9 +90,10 @@ class Layer(nn.Module, ABC):
     operator: Operator = "none"
     """How the layer sees its neighbours.
 
-    ``sum`` A, ``mean`` D^-1 A, ``gcn`` D^-1/2 (A + I) D^-1/2 with in-degrees, all through
-    ``aggregate``; ``edges`` and ``edges_self`` (exactly one self-loop per node) through
-    ``gather``; ``none`` is row-wise.
+    ``sum`` A, ``mean`` D^-1 A, ``gcn`` D^-1/2 (A + I) D^-1/2, ``sym`` D^-1/2 A D^-1/2 with
+    in-degrees, ``laplacian`` D^-1/2 A D^-1/2 without self-loops with out-degrees, all through
+    ``aggregate``; ``edges``, ``edges_self`` (exactly one self-loop per node), ``edges_gcn`` and
+    ``edges_sym`` (the weights of ``gcn`` and ``sym``) through ``gather``; ``none`` is row-wise.
     """
     table_channels: int = 0
     """Width of the tensor handed to ``aggregate`` or ``gather``; 0 for row-wise layers."""

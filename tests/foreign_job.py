@@ -1,0 +1,15 @@
+"""A job of the process pool: one rank of a run over modules of torch_geometric."""
+
+import warnings
+
+from gnnpipe.trainer import Trainer
+
+
+def train_job(num_stages: int, num_ways: int, directory: str, partition: str) -> None:
+    """Trains the list that has modules of every adapter."""
+    # Workers make errors of warnings; this one is torch_geometric's, on import.
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
+    from foreign_cases import job_config, job_data, job_layers
+
+    config = job_config(num_stages, num_ways, directory, partition=partition)
+    Trainer(config, graph=job_data(), layers=job_layers()).fit()
