@@ -18,7 +18,8 @@ from types import FrameType
 from gnnpipe import environment, preflight
 from gnnpipe.arguments import PROGRAM, build_parser, config_arguments, parse
 from gnnpipe.config import Config, load_config, to_yaml
-from gnnpipe.errors import PeerError, UserError
+from gnnpipe.errors import PeerError, Stopped, UserError
+from gnnpipe.plan_request import plan_request
 
 PASSED_ON = ("launch", "partition")
 INTERRUPT_WAIT_S = 1.0
@@ -45,6 +46,9 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return 128 + signal.SIGINT
+    except Stopped as stopped:
+        tell(f"{stopped}; the same command goes on from there")
+        return 0 if stopped.signal_name == "SIGTERM" else 128 + signal.SIGINT
     except Exception as error:
         if _is_mistake(error):
             tell("error: " + " ".join(str(error).split("\n")))
@@ -71,6 +75,7 @@ def _run(argv: list[str]) -> int:
     commands: Mapping[str, Callable[[argparse.Namespace], None]] = {
         "train": _train,
         "reference": _reference,
+        "plan": _plan,
         "evaluate": _evaluate,
         "predict": _predict,
     }
@@ -101,6 +106,17 @@ def _reference(options: argparse.Namespace) -> None:
 
     with preflight.user_directory(config.run.dir, "run.dir"):
         run_reference(config)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = load_config(*config_arguments(options.arguments))
+    request = plan_request(options, config)
+    preflight.check_single_process("plan", environment.world_size())
+    preflight.check_inputs(config)
+    os.environ.update(preflight.thread_variables(1))
+    from gnnpipe.plan_command import run_plan
+
+    print(run_plan(config, request))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

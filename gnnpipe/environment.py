@@ -12,6 +12,8 @@ from gnnpipe.errors import UserError
 PARENT_VARIABLE = "GNNPIPE_PARENT_PID"
 RENDEZVOUS_VARIABLE = "GNNPIPE_RENDEZVOUS"
 """Path of the file through which processes started by ``launch local`` find one another."""
+RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+"""How often a launcher has started these ranks again; torchrun's name."""
 
 PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 

@@ -10,9 +10,10 @@ import torch
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, from_dict, load_config, to_dict
-from gnnpipe.run_directory import CONFIG_FILE, WEIGHTS_DIR
-from gnnpipe.runs import PipelineRun, model_layers, named_state
-from gnnpipe.trainer import PARTITION_DIR, cut_graph, load_data, set_threads
+from gnnpipe.run_directory import CONFIG_FILE, PARTITION_DIR, WEIGHTS_DIR
+from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.state import named_state
+from gnnpipe.trainer import cut_graph, load_data, set_threads
 from gnnpipe.weights import check_weights, load_weights
 from gnnpipe.world import World
 

@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -18,56 +18,109 @@ from gnnpipe.errors import UserError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+TRACE_FILE = "trace.json"
 TENSORBOARD_DIR = "tensorboard"
 WEIGHTS_DIR = "weights"
+CHECKPOINTS_DIR = "checkpoints"
+PARTITION_DIR = "partition"
 # Anything else (a partition, a launcher's logs) does not make a directory somebody's run.
 RUN_MARKS = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, WEIGHTS_DIR)
+# Where and how long a run computes, not what; the graph and its chunks are compared by hash.
+FREE_FIELDS = (
+    "preset",
+    "device",
+    "data.root",
+    "partition.path",
+    "parallel.",
+    "training.epochs",
+    "training.eval_every",
+    "memory.",
+    "kernels.",
+    "checkpoint.",
+    "run.",
+)
+PATH_FIELDS = ("data.name", "partition.file")
 WAY_OUT = "choose another run.dir or delete it"
 
 
-def prepare_run_directory(path: str | Path, config_text: str) -> dict[str, Any] | None:
-    """Makes a directory ready for a run, or finds that the run is already done.
+class Found(NamedTuple):
+    """What a run directory held."""
+
+    state: Literal["new", "unfinished", "finished"]
+    """Unfinished: killed, or finished with fewer epochs than are asked for now."""
+    summary: dict[str, Any] | None
+    """Of a finished run, or of the one that is to go on."""
+
+
+def prepare_run_directory(
+    path: str | Path, config_text: str, *, is_resumable: bool = True
+) -> Found:
+    """Makes a directory ready for a run, or finds that the run is done, or that it can go on.
 
     Args:
         path: The run directory, created with its parents.
         config_text: The resolved configuration as YAML.
-
-    Returns:
-        ``None`` when the run may start; the summary when the directory holds a finished run of
-        the same configuration (``run.dir`` aside: a moved run is the same run).
+        is_resumable: Whether a run may go on where it stopped.
 
     Raises:
-        UserError: The directory cannot be written, or holds an unfinished or another run.
+        UserError: The directory cannot be written, holds another run, or an unfinished one that
+            must not go on.
     """
     directory = Path(path)
     _make_writable(directory)
     if not any((directory / name).exists() for name in RUN_MARKS):
-        return None
-    if not all((directory / name).exists() for name in (CONFIG_FILE, SUMMARY_FILE)):
-        raise UserError(f"`run.dir` (={directory}) holds an unfinished run; {WAY_OUT}")
-    try:
-        summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
-        there = _flatten(yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
-        summary, there = None, {}
-    if not isinstance(summary, dict) or not there:
+        return Found("new", None)
+    here = _flatten(yaml.safe_load(config_text))
+    there = _flatten(_read(directory / CONFIG_FILE, yaml.safe_load))
+    has_summary = (directory / SUMMARY_FILE).exists()
+    summary = _read(directory / SUMMARY_FILE, json.loads) if has_summary else None
+    if not there or (has_summary and not isinstance(summary, dict)):
         raise UserError(
             f"`run.dir` (={directory}) must hold a readable {CONFIG_FILE} and {SUMMARY_FILE}, one"
             f" is damaged; {WAY_OUT}"
         )
-    here = _flatten(yaml.safe_load(config_text))
-    keys = [*here, *(key for key in there if key not in here)]
-    differing = [
-        f"{key} ({_shown(there, key)} there, {_shown(here, key)} here)"
-        for key in keys
-        if key != "run.dir" and _shown(there, key) != _shown(here, key)
-    ]
-    if differing:
+    if differing := differing_fields(there, here):
         raise UserError(
-            f"`run.dir` (={directory}) holds a finished run of another configuration: "
+            f"`run.dir` (={directory}) holds a run of another configuration: "
             f"{', '.join(differing)}; {WAY_OUT}"
         )
-    return summary
+    done, wanted = there.get("training.epochs"), here.get("training.epochs")
+    if has_summary and done == wanted:
+        return Found("finished", summary)
+    if has_summary and isinstance(done, int) and isinstance(wanted, int) and wanted < done:
+        raise UserError(
+            f"`training.epochs` (={wanted}) must be at least the {done} that {directory} has"
+            f" done; {WAY_OUT}"
+        )
+    if not is_resumable:
+        raise UserError(
+            f"`run.dir` (={directory}) holds an unfinished run; set checkpoint.resume=auto to go"
+            f" on with it, or {WAY_OUT}"
+        )
+    return Found("unfinished", summary)
+
+
+def differing_fields(
+    there: Mapping[str, Any], here: Mapping[str, Any], *, free: Sequence[str] = FREE_FIELDS
+) -> list[str]:
+    """Fields that differ and change the numbers, with both values.
+
+    Args:
+        there: Dotted keys of the run that exists.
+        here: Dotted keys of the run that is asked for.
+        free: Beginnings of the keys that may differ.
+    """
+    keys = [*here, *(key for key in there if key not in here)]
+    return [
+        f"{key} ({_shown(there, key)} there, {_shown(here, key)} here)"
+        for key in keys
+        if not key.startswith(tuple(free)) and _shown(there, key) != _shown(here, key)
+    ]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of nested mappings: ``{"run": {"dir": 1}}`` becomes ``{"run.dir": 1}``."""
+    return _flatten(tree)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -130,9 +183,22 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """The content of a file; None when it cannot be read."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
 def _shown(flat: Mapping[str, Any], key: str) -> str:
     """A value as JSON would show it: null is a value, a key that is missing is not."""
-    return json.dumps(flat[key], default=str) if key in flat else "not set"
+    if key not in flat:
+        return "not set"
+    value = flat[key]
+    if key in PATH_FIELDS and isinstance(value, str) and os.sep in value:
+        value = os.path.abspath(value)
+    return json.dumps(value, default=str)
 
 
 def _best(summary: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,12 @@ SETUP_TIMEOUT_S = 3600.0
 """Longest wait for rank 0 to load and partition a graph."""
 
 _FAILURE_KEY = "gnnpipe/failure"
+_PING_KEY = "gnnpipe/ping"
+_ANSWER_KEY = "gnnpipe/answer"
 _POLL_S = 0.1
 _BLAME_S = 2.0
+_LISTEN_S = 0.5
+_ANSWER_S = 3.0
 
 
 class World:
@@ -44,6 +49,7 @@ class World:
         self.world_size = world_size
         self.device = device
         self._store = store
+        self._is_over = threading.Event()
 
     def first(self, name: str, action: Callable[[], str]) -> str:
         """Lets rank 0 do something and tells everyone the outcome.
@@ -110,7 +116,52 @@ class World:
             except RuntimeError:  # The store went with the rank that held it.
                 break
             time.sleep(_POLL_S)
-        raise error
+        raise PeerError(f"{error}{self._roll_call()}") from error
+
+    def answer(self, describe: Callable[[], str]) -> None:
+        """Tells whoever asks what this rank is doing; a rank that is stopped gives no answer.
+
+        Args:
+            describe: what this rank is doing.
+        """
+        if self._store is not None:
+            threading.Thread(target=self._listen, args=(describe,), daemon=True).start()
+
+    def close(self) -> None:
+        """No more answers."""
+        self._is_over.set()
+
+    def _listen(self, describe: Callable[[], str]) -> None:
+        assert self._store is not None
+        try:
+            while not self._is_over.wait(_LISTEN_S):
+                if self._store.check([_PING_KEY]):
+                    self._store.set(f"{_ANSWER_KEY}/{self.rank}", describe() or "nothing")
+                    return
+        except RuntimeError:  # The store went with the rank that held it.
+            return
+
+    def _roll_call(self) -> str:
+        """Asks every rank what it is doing; a stalled run ends with who does not answer."""
+        if self._store is None:
+            return ""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            self._store.set(_PING_KEY, str(self.rank))
+            deadline = time.monotonic() + _ANSWER_S
+            while time.monotonic() < deadline:
+                present = [r for r in others if self._store.check([f"{_ANSWER_KEY}/{r}"])]
+                if len(present) == len(others):
+                    break
+                time.sleep(_POLL_S)
+            said = [
+                f"rank {r} was in {self._store.get(f'{_ANSWER_KEY}/{r}').decode()}"
+                for r in present
+            ]
+        except RuntimeError:
+            return ""
+        missing = [f"rank {r} does not answer" for r in others if r not in present]
+        return f" [{', '.join([*missing, *said])}]" if others else ""
 
     def _report(self, what: str) -> None:
         if self._store is not None:
@@ -129,7 +180,9 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
     chosen = _device(device)
     if dist.is_initialized():  # inside a user's own script
         store = dist.distributed_c10d._get_default_store()
-        yield World(dist.get_rank(), dist.get_world_size(), device=chosen, store=store)
+        world = World(dist.get_rank(), dist.get_world_size(), device=chosen, store=store)
+        yield world
+        world.close()
         return
     if environment.world_size() == 1:
         yield World(0, 1, device=chosen, store=None)
@@ -142,7 +195,9 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    yield World(rank, world_size, device=chosen, store=store)
+    world = World(rank, world_size, device=chosen, store=store)
+    yield world
+    world.close()
     # Only after success: tearing down beside a failed rank would wait for it.
     dist.destroy_process_group()
 

@@ -9,8 +9,9 @@ from gnnpipe import environment, preflight
 from gnnpipe.arguments import Parser, config_arguments, parse
 from gnnpipe.cli import guarded
 from gnnpipe.config import Config, load_config
+from gnnpipe.environment import RESTARTS_VARIABLE
 from gnnpipe.errors import UserError
-from launch.local import GRACE_S, run_local
+from launch.local import GRACE_S, STOP_GRACE_S, run_local
 
 PROGRAM = "python -m launch"
 EXAMPLES = f"""example:
@@ -34,6 +35,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = parse(_parser(), argv)
+    return _run_ray(options) if options.command == "ray" else _run_local(options)
+
+
+def _run_ray(options: argparse.Namespace) -> int:
+    if options.max_restarts < -1 or (options.cpus_per_rank or 1) <= 0:
+        raise UserError(
+            f"`--max-restarts` (={options.max_restarts}) must be at least -1 (no limit) and "
+            f"`--cpus-per-rank` (={options.cpus_per_rank}) above 0"
+        )
+    config = load_config(*config_arguments(options.arguments))
+    preflight.check_inputs(config)
+    preflight.check_writable(config.run.dir, "run.dir")
+    from launch.cluster import Job, run_on_cluster
+
+    return run_on_cluster(
+        config, Job(options.address, options.max_restarts, options.cpus_per_rank)
+    )
+
+
+def _run_local(options: argparse.Namespace) -> int:
+    if min(options.max_restarts, options.stop_grace) < 0:
+        raise UserError(
+            f"`--max-restarts` (={options.max_restarts}) and `--stop-grace` "
+            f"(={options.stop_grace}) must be at least 0"
+        )
     if options.nproc < 1 or options.timeout_grace < 0:
         raise UserError(
             f"`--nproc` (={options.nproc}) must be at least 1 and `--timeout-grace` "
@@ -46,12 +72,19 @@ def _run(argv: Sequence[str]) -> int:
     threads = preflight.resolve_threads(config, options.nproc)
     # -P: a package of this name in the working directory is not ours.
     command = [sys.executable, "-P", "-m", "gnnpipe", "train", *options.arguments]
-    return run_local(
-        command,
-        options.nproc,
-        variables=preflight.thread_variables(threads),
-        grace_s=options.timeout_grace,
-    )
+    for restart in range(options.max_restarts + 1):
+        number = {RESTARTS_VARIABLE: str(restart)} if restart else {}
+        status = run_local(
+            command,
+            options.nproc,
+            variables={**preflight.thread_variables(threads), **number},
+            grace_s=options.timeout_grace,
+            stop_grace_s=options.stop_grace,
+        )
+        if status != 1 or restart == options.max_restarts:
+            break
+        sys.stderr.write(f"launch: restart {restart + 1} of {options.max_restarts}\n")
+    return status
 
 
 def _check_ranks(config: Config, nproc: int) -> None:
@@ -90,12 +123,55 @@ def _parser() -> Parser:
         help="seconds that the other ranks get to end when one has failed (default: %(default)s)",
     )
     local.add_argument(
+        "--stop-grace",
+        type=float,
+        default=STOP_GRACE_S,
+        metavar="S",
+        help="seconds for a checkpoint after SIGTERM or Ctrl-C (default: %(default)s)",
+    )
+    local.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start failed ranks again, from the newest checkpoint (default: %(default)s)",
+    )
+    local.add_argument(
         "arguments",
         nargs="+",
         metavar="CONFIG.yaml | key.sub=value",
         help="a configuration file, then values that overrule it; without a file, the defaults",
     )
+    _add_ray(commands)
     return parser
+
+
+def _add_ray(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "ray",
+        help="a Ray Train job, on a cluster or on this host",
+        description="Run one rank per Ray Train worker; without a cluster, start Ray here.",
+        epilog=f"example:\n  {PROGRAM} ray config.yaml parallel.num_stages=4\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--address", metavar="A", help="of a cluster, such as ray://head:10001")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="restarts from the newest checkpoint after failures, -1: no limit (default: 3)",
+    )
+    parser.add_argument(
+        "--cpus-per-rank", type=float, metavar="N", help="CPUs to reserve (default: its threads)"
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG.yaml | key.sub=value",
+        help="a configuration file, then values that overrule it",
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from typing import NamedTuple
 from gnnpipe.environment import RENDEZVOUS_VARIABLE, child_environment
 
 GRACE_S = 5.0
+STOP_GRACE_S = 30.0
+AGAIN_S = 2.0
+"""A second Ctrl-C counts as one after this time."""
 KILL_AFTER_S = 3.0
 POLL_S = 0.1
 INTERRUPT_WAIT_S = 0.5
@@ -35,6 +38,17 @@ class End(NamedTuple):
     """Exit status, or minus the signal's number."""
 
 
+class Graces(NamedTuple):
+    """Seconds that ranks get."""
+
+    end_s: float
+    """To end when another has failed."""
+    stop_s: float
+    """To end when the launcher was told to stop: time for a checkpoint."""
+    kill_s: float
+    """Between SIGTERM and SIGKILL."""
+
+
 class Step(NamedTuple):
     """A signal for the ranks that still run when its time has come."""
 
@@ -49,6 +63,7 @@ def run_local(
     *,
     variables: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
+    stop_grace_s: float | None = None,
     kill_after_s: float = KILL_AFTER_S,
 ) -> int:
     """Runs ``command`` once for each rank and waits for all; call it from the main thread.
@@ -62,11 +77,13 @@ def run_local(
         nproc: number of ranks.
         variables: more environment variables.
         grace_s: seconds that the others get to end by themselves when one has failed.
+        stop_grace_s: seconds that all get to end by themselves when this process was told to
+            stop; None is the same.
         kill_after_s: seconds between SIGTERM and SIGKILL.
 
     Returns:
-        0 if every rank returned 0; 128 + signal if this process was told to stop; 2 if a rank
-        returned 2 (a user's mistake); else 1.
+        0 if every rank returned 0, after SIGTERM too; 128 + signal if this process was told to
+        stop and not all did so in peace; 2 if a rank returned 2 (a user's mistake); else 1.
     """
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="gnnpipe-") as directory, _caught_signals() as caught:
@@ -75,7 +92,10 @@ def run_local(
                 own = _rank_variables(rank, nproc, directory)
                 environment = child_environment({**(variables or {}), **own})
                 children.append(subprocess.Popen(command, env=environment))
-            failures = _watch(children, caught, grace_s=grace_s, kill_after_s=kill_after_s)
+            graces = Graces(
+                grace_s, grace_s if stop_grace_s is None else stop_grace_s, kill_after_s
+            )
+            failures = _watch(children, caught, graces)
         finally:
             for child in children:
                 child.kill()  # Does nothing to one that has been waited for.
@@ -96,15 +116,14 @@ def _rank_variables(rank: int, nproc: int, directory: str) -> dict[str, str]:
 def _watch(
     children: Sequence["subprocess.Popen[bytes]"],
     caught: Sequence[signal.Signals],
-    *,
-    grace_s: float,
-    kill_after_s: float,
+    graces: Graces,
 ) -> list[End]:
     """Waits for all; ends the rest when one fails or a signal is caught. First failure first."""
     ends = _ends(children)
     running = set(range(len(children)))
     failures: list[End] = []
     steps: list[Step] | None = None
+    asked_s, is_urgent = 0.0, False
     while running:
         try:
             end = ends.get(timeout=POLL_S)
@@ -114,7 +133,10 @@ def _watch(
             running.discard(end.rank)
             failures += [end] if end.status else []
         if steps is None and (failures or caught):
-            steps = _escalation(caught, grace_s, kill_after_s)
+            steps = _escalation(caught, graces)
+            asked_s = time.monotonic()
+        if len(caught) > 1 and not is_urgent and time.monotonic() > asked_s + AGAIN_S:
+            is_urgent, steps = True, _escalation(caught[-1:], graces._replace(stop_s=graces.end_s))
         while steps and steps[0].time_s <= time.monotonic():
             step = steps.pop(0)
             for rank in running:
@@ -122,14 +144,12 @@ def _watch(
     return failures
 
 
-def _escalation(
-    caught: Sequence[signal.Signals], grace_s: float, kill_after_s: float
-) -> list[Step]:
+def _escalation(caught: Sequence[signal.Signals], graces: Graces) -> list[Step]:
     """The signals to send from now on: the caught one, SIGTERM after the grace, SIGKILL."""
-    now_s = time.monotonic()
+    now_s, grace_s = time.monotonic(), graces.stop_s if caught else graces.end_s
     steps = [
         Step(now_s + grace_s, signal.SIGTERM),
-        Step(now_s + grace_s + kill_after_s, signal.SIGKILL),
+        Step(now_s + grace_s + graces.kill_s, signal.SIGKILL),
     ]
     if caught:
         # A terminal interrupts the ranks as well: once is enough.
@@ -174,7 +194,7 @@ def _conclude(failures: Sequence[End], caught: Sequence[signal.Signals]) -> int:
     """Says on stderr what ended the run, and returns the exit status."""
     if caught:
         _say(f"stopped by {caught[0].name}")
-        return 128 + caught[0]
+        return 0 if caught[0] == signal.SIGTERM and not failures else 128 + caught[0]
     if not failures:
         return 0
     status = USER_MISTAKE if any(end.status == USER_MISTAKE for end in failures) else 1

@@ -270,7 +270,8 @@ def test_ranks_run_the_train_command_with_the_same_arguments(
     assert main(["local", "c.yaml", "--nproc", "2", "seed=3"]) == 0
     command = [sys.executable, "-P", "-m", "gnnpipe", "train", "c.yaml", "seed=3"]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    assert seen == [command, 2, {"variables": threads, "grace_s": 5.0}]
+    graces = {"grace_s": 5.0, "stop_grace_s": 30.0}
+    assert seen == [command, 2, {"variables": threads, **graces}]
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gnnpipe.errors import UserError
-from gnnpipe.run_directory import prepare_run_directory, summary_text, write_whole
+from gnnpipe.run_directory import Found, prepare_run_directory, summary_text, write_whole
 
 CONFIG = "seed: 0\nmodel: {name: gcnii, num_layers: 32}\nrun: {dir: runs/a}\n"
 SUMMARY = {
@@ -22,6 +22,8 @@ SUMMARY = {
     "world_size": 2,
 }
 
+NEW = Found("new", None)
+
 
 def finished_run(directory: Path) -> None:
     directory.mkdir(exist_ok=True)
@@ -31,20 +33,21 @@ def finished_run(directory: Path) -> None:
 
 
 def test_a_new_directory_is_made_with_its_parents(tmp_path: Path) -> None:
-    assert prepare_run_directory(tmp_path / "runs" / "demo", CONFIG) is None
+    assert prepare_run_directory(tmp_path / "runs" / "demo", CONFIG) == NEW
     assert list((tmp_path / "runs" / "demo").iterdir()) == []
 
 
 def test_a_directory_with_other_things_than_a_run_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "partition").mkdir()
-    assert prepare_run_directory(tmp_path, CONFIG) is None
+    assert prepare_run_directory(tmp_path, CONFIG) == NEW
 
 
 def test_a_finished_run_of_the_same_configuration_gives_its_summary(tmp_path: Path) -> None:
     finished_run(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert prepare_run_directory(str(tmp_path), CONFIG) == SUMMARY
-    assert prepare_run_directory(tmp_path, CONFIG.replace("runs/a", "runs/b")) == SUMMARY
+    assert prepare_run_directory(str(tmp_path), CONFIG) == Found("finished", SUMMARY)
+    moved = CONFIG.replace("runs/a", "runs/b")
+    assert prepare_run_directory(tmp_path, moved) == Found("finished", SUMMARY)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -53,20 +56,48 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Pa
     other = "seed: 1\nmodel: {name: gcnii, dropout: null}\nrun: {dir: runs/b}\n"
     with pytest.raises(
         UserError,
-        match=r"`run.dir` \(=.*\) holds a finished run of another configuration: "
+        match=r"`run.dir` \(=.*\) holds a run of another configuration: "
         r"seed \(0 there, 1 here\), model.dropout \(not set there, null here\), "
         r"model.num_layers \(32 there, not set here\); choose another run.dir or delete it$",
     ):
         prepare_run_directory(tmp_path, other)
 
 
-def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_run_goes_on_unless_it_must_not(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "metrics.jsonl").write_text("")
+    assert prepare_run_directory(tmp_path, CONFIG) == Found("unfinished", None)
     with pytest.raises(
-        UserError, match=r"holds an unfinished run; choose another run.dir or dele"
+        UserError, match=r"unfinished run; set checkpoint.resume=auto to go on with it, or choose"
     ):
-        prepare_run_directory(tmp_path, CONFIG)
+        prepare_run_directory(tmp_path, CONFIG, is_resumable=False)
+
+
+def test_where_a_run_computes_may_change(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    moved = CONFIG + "parallel: {num_stages: 4}\ncheckpoint: {every: 7}\ndevice: cpu\n"
+    assert prepare_run_directory(tmp_path, moved).state == "finished"
+
+
+def test_more_epochs_continue_a_finished_run_and_fewer_are_refused(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    done = CONFIG + "training: {epochs: 8}\n"
+    (tmp_path / "config.yaml").write_text(done)
+    more = done.replace("8", "9")
+    assert prepare_run_directory(tmp_path, more) == Found("unfinished", SUMMARY)
+    with pytest.raises(
+        UserError, match=r"`training.epochs` \(=7\) must be at least the 8 that .* has done"
+    ):
+        prepare_run_directory(tmp_path, done.replace("8", "7"))
+
+
+@pytest.mark.parametrize("there", ["graphs/a.npz", "./graphs/a.npz", "{cwd}/graphs/a.npz"])
+def test_one_file_has_several_paths(there: str, tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    data = f"data: {{name: '{there.format(cwd=Path.cwd())}'}}\n"
+    (tmp_path / "config.yaml").write_text(CONFIG + data)
+    here = CONFIG + "data: {name: graphs/a.npz}\n"
+    assert prepare_run_directory(tmp_path, here).state == "finished"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])

@@ -1,0 +1,92 @@
+"""What a rank puts into a checkpoint and takes out again, under names that no rank appears in.
+
+``layers.{i}.{parameter}``, ``optimizer.layers.{i}.{parameter}.{key}``, ``history.{i}`` (own rows,
+beside ``node_id``). Weights and moments are equal on all ways, so way 0 writes them; each way
+writes the rows that it owns. Mirrors are copies: they are pulled again from their owners.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gnnpipe.models.layer import Layer
+from gnnpipe.shards import NODE_ID, Shards
+from gnnpipe.stage import LocalLayer
+
+Layers = Sequence[tuple[int, nn.Module]]
+"""Index in the model and layer."""
+
+
+def named_state(layers: Sequence[tuple[int, Layer]] | Layers) -> dict[str, Tensor]:
+    """Weights as files name them, ``layers.{index}.{parameter}``."""
+    return {
+        f"layers.{index}.{name}": tensor
+        for index, layer in layers
+        for name, tensor in layer.state_dict().items()
+    }
+
+
+def load_state(
+    layers: Sequence[tuple[int, Layer]] | Layers, tensors: Mapping[str, Tensor]
+) -> None:
+    """Overwrites weights with those of the same names."""
+    with torch.no_grad():
+        for name, tensor in named_state(layers).items():
+            tensor.copy_(tensors[name])
+
+
+def model_state(layers: Layers, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights, running statistics and the optimizer's tensors by name."""
+    tensors = named_state(layers)
+    for name, parameter in _parameters(layers).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_model_state(layers: Layers, optimizer: Optimizer, shards: Shards) -> None:
+    """Overwrites weights, running statistics and the optimizer's tensors."""
+    wanted = named_state(layers)
+    load_state(layers, {name: shards.tensor(name, t.shape) for name, t in wanted.items()})
+    names = {parameter: name for name, parameter in _parameters(layers).items()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for number, parameter in enumerate(ordered):
+        prefix = f"optimizer.{names[parameter]}."
+        held = {
+            name.removeprefix(prefix): shards.tensor(name).clone() for name in shards.names(prefix)
+        }
+        if held:
+            state[number] = held
+    # Through the optimizer, which knows which tensor belongs on which device.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def history_state(layers: Iterable[LocalLayer]) -> dict[str, Tensor]:
+    """The historical values of this way's own rows, by layer, and whose they are."""
+    tensors = {}
+    for local in layers:
+        if local.table is not None:
+            rows = local.cells.whole.rows
+            tensors[f"history.{local.layer_index}"] = local.table.historical[rows]
+            tensors[NODE_ID] = local.cells.whole.node_id
+    return tensors
+
+
+def load_history(local: LocalLayer, shards: Shards) -> None:
+    """Overwrites the historical values of this way's own rows of one layer."""
+    assert local.table is not None
+    cell = local.cells.whole
+    rows = shards.rows(f"history.{local.layer_index}", cell.node_id)
+    local.table.values[cell.rows] = rows.to(local.table.values)
+
+
+def _parameters(layers: Layers) -> dict[str, nn.Parameter]:
+    return {
+        f"layers.{index}.{name}": parameter
+        for index, layer in layers
+        for name, parameter in layer.named_parameters()
+    }

@@ -1,0 +1,219 @@
+"""One process per rank on a Ray cluster: a Ray Train job whose workers train, and report here.
+
+Ray starts the processes and, when one fails, starts all of them again; where to go on is in the
+run's own checkpoints. So the run directory must lie where every host sees it.
+"""
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from gnnpipe import preflight
+from gnnpipe.config import Config, from_dict, to_dict
+from gnnpipe.environment import child_environment
+from gnnpipe.errors import UserError
+from launch.board import Board, train_rank
+
+NOTES_DIR = "ray"
+"""Where Ray Train keeps its own notes, inside the run directory."""
+POLL_S = 0.3
+
+QUIET = {
+    # Ray gives up on a placement after 30 s, and a busy host needs longer to start workers.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class Job(NamedTuple):
+    """What the command line asks of Ray."""
+
+    address: str | None
+    """Of a cluster; None takes the one that this host belongs to, or starts a local one."""
+    max_restarts: int
+    """Restarts of all ranks after failures; a host that is taken away does not count."""
+    cpus_per_rank: float | None
+    """None: the threads of a rank."""
+
+
+def run_on_cluster(config: Config, job: Job) -> int:
+    """Runs one training job to its end and shows the run's own progress.
+
+    Args:
+        config: the run.
+        job: where and how.
+
+    Returns:
+        The exit status: 0 or 1.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    config = with_absolute_paths(config)
+    threads = preflight.resolve_threads(config, config.world_size)
+    resources = {"CPU": job.cpus_per_rank or float(threads)}
+    if config.device == "cuda":
+        resources["GPU"] = 1.0
+    variables = preflight.thread_variables(threads)
+    with _connected(job.address, resources["CPU"] * config.world_size, variables) as is_ours:
+        present = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        check_capacity(present, resources, config.world_size)
+        board = _actor(Board)
+        options: Any = {  # Ray's annotations know the older version's.
+            "name": NOTES_DIR,
+            "storage_path": config.run.dir,
+            "failure_config": FailureConfig(max_failures=job.max_restarts),
+            # Ray gives a rank one OMP thread, whatever the run wants.
+            "worker_runtime_env": {} if is_ours else {"env_vars": variables},
+        }
+        run_config = RunConfig(**options)
+        with _shown(board):
+            status = _fit(config, resources, run_config, board=board)
+        if mistake := ray.get(board.mistake.remote()):
+            raise UserError(mistake)
+    return status
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same run for workers, which have another working directory."""
+    values = to_dict(config)
+    for section, key in (("run", "dir"), ("data", "root"), ("partition", "path")):
+        values[section][key] = _absolute(values[section][key])
+    values["partition"]["file"] = _absolute(values["partition"]["file"])
+    if config.data.name.endswith(preflight.PATH_SUFFIXES):
+        values["data"]["name"] = _absolute(config.data.name)
+    if config.checkpoint.resume not in ("auto", "none"):
+        values["checkpoint"]["resume"] = _absolute(config.checkpoint.resume)
+    return from_dict(values)
+
+
+def check_capacity(
+    present: Mapping[str, float], per_rank: Mapping[str, float], num_ranks: int
+) -> None:
+    """Checks that a cluster can hold all ranks, rather than wait for ever.
+
+    Args:
+        present: resources of the whole cluster.
+        per_rank: what each rank asks for.
+        num_ranks: number of ranks.
+    """
+    for name, amount in per_rank.items():
+        total = present.get(name, 0.0)
+        if total < amount * num_ranks:
+            raise UserError(
+                f"the cluster must have {amount * num_ranks:g} {name} (={total:g}) for {num_ranks}"
+                " ranks; add hosts, use fewer ranks or give --cpus-per-rank"
+            )
+
+
+def _actor(cls: Any) -> Any:  # Any: Ray makes up the types of actors
+    return ray.remote(num_cpus=0)(cls).remote()
+
+
+def _fit(config: Config, resources: dict[str, float], run_config: RunConfig, *, board: Any) -> int:
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"config": to_dict(config), "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=config.world_size,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            # Ray numbers ranks host by host, so the ways of a stage are neighbours.
+            placement_strategy="PACK",
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo",
+            timeout_s=int(max(1, config.run.timeout_s)),
+        ),
+        run_config=run_config,
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for line in failure_lines(error.worker_failures):
+            sys.stderr.write(line + "\n")
+        return 1
+    except TrainingFailedError as error:
+        sys.stderr.write(f"launch: {error}\n")
+        return 1
+    return 0
+
+
+def failure_lines(failures: Mapping[int, Exception]) -> list[str]:
+    """The tracebacks of the ranks that failed by themselves; others only stopped with them."""
+    own = {rank: error for rank, error in failures.items() if "PeerError" not in str(error)}
+    return [
+        f"[rank {rank}] {line}"
+        for rank, error in sorted((own or failures).items())
+        for line in str(error).splitlines()
+    ]
+
+
+@contextmanager
+def _connected(
+    address: str | None, num_cpus: float, variables: Mapping[str, str]
+) -> Iterator[bool]:
+    """Joins a cluster, or starts one of this host alone; says whether it did that."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    is_ours = False
+    try:
+        ray.init(address=address or "auto", **options)
+    except ConnectionError as error:
+        if address is not None:
+            raise UserError(
+                f"`--address` (={address}) must be a Ray cluster ({error}); start one with"
+                " `ray start --head`, or leave --address out"
+            ) from None
+        # Inherited by everything that Ray starts here; as a runtime environment they would make
+        # it start every process afresh.
+        is_ours = True
+        os.environ.update(variables)
+        os.environ["PYTHONPATH"] = child_environment({})["PYTHONPATH"]
+        total = max(os.cpu_count() or 1, math.ceil(num_cpus))
+        ray.init(address="local", num_cpus=total, include_dashboard=False, **options)
+    try:
+        yield is_ours
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _shown(board: Any) -> Iterator[None]:
+    """Writes what rank 0 logs to stderr, and its last words to stdout."""
+    is_over = threading.Event()
+
+    def show() -> None:
+        for stream, text in ray.get(board.take.remote()):
+            (sys.stdout if stream == "out" else sys.stderr).write(text + "\n")
+
+    def follow() -> None:
+        with suppress(ray.exceptions.RayError):  # The driver tells what became of the job.
+            while not is_over.wait(POLL_S):
+                show()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        with suppress(ray.exceptions.RayError):
+            show()
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
