@@ -45,6 +45,20 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learned, and how it is judged."""
+
+    kind: Literal["auto", "single_label", "multi_label", "multi_task_auc", "regression"] = "auto"
+    """Loss and metric: cross-entropy and accuracy; binary cross-entropy and micro-F1, or mean
+    ROC-AUC over tasks; squared error and R^2. auto chooses by the labels."""
+    class_weight: Literal["balanced"] | tuple[float, ...] | None = None
+    """single_label: factor of each class's loss; balanced gives every class the same sum."""
+
+    def __post_init__(self) -> None:
+        settle(self, "task")
+
+
+@dataclasses.dataclass(frozen=True)
 class PartitionConfig:
     """Which node goes into which chunk."""
 
@@ -123,6 +137,8 @@ class ModelConfig:
 class ParallelConfig:
     """How the work is spread over processes."""
 
+    plan: Literal["manual", "auto"] = "manual"
+    """auto: measure this machine, and choose stages, ways and virtual stages for its ranks."""
     num_stages: int = 1
     """Pipeline ranks, each with consecutive layers over the whole graph."""
     num_ways: int = 1
@@ -175,12 +191,49 @@ class HistoryConfig:
     """First history: one exact forward, or zeros."""
     order: Literal["shuffled", "fixed"] = "shuffled"
     """Order of the chunks: drawn anew every epoch, or always ascending."""
-    cross_chunk_gradient: float = 2.0
+    cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
 
     def __post_init__(self) -> None:
         settle(self, "history")
         at_least(self, "history", period=1, cross_chunk_gradient=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept so that a run can go on after an end of any kind."""
+
+    every: int = 50
+    """Epochs between checkpoints, and one after the last epoch; 0 is off."""
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the best."""
+    resume: str = "auto"
+    """auto goes on where the run in run.dir stopped; none never; or the path of a checkpoint."""
+    histories: Literal["save", "rewarm"] = "save"
+    """Historical tables: saved, or computed anew on resume: smaller, but not bit-exact."""
+
+    def __post_init__(self) -> None:
+        settle(self, "checkpoint")
+        at_least(self, "checkpoint", every=0, keep=1)
+        is_path = self.resume != "" and "\0" not in self.resume
+        require(is_path, "checkpoint.resume", self.resume, "must be auto, none or a path")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommConfig:
+    """How messages travel, by kind; evaluations are always exact."""
+
+    boundary: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Activations and their gradients between stages; fp32 is as computed, in 64-bit models too."""
+    carried: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Tensors that skip layers, such as h0, and their gradients."""
+    halo: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Rows that the ways of a stage trade, and their gradients."""
+    gradient: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Weight gradients between ways; what rounding loses is added to the next step's."""
+
+    def __post_init__(self) -> None:
+        settle(self, "comm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +244,8 @@ class RunConfig:
     """Run directory."""
     tensorboard: bool = True
     """Write TensorBoard scalars."""
+    trace: bool = False
+    """Write trace.json, a timeline of the last epochs that Perfetto and Chrome show."""
     log_every: int = 10
     """Epochs between log lines."""
     threads: Literal["auto"] | int = "auto"
