@@ -34,6 +34,13 @@ PREDICT_EXAMPLES = f"""example:
 """
 
 
+PLAN_EXAMPLES = f"""examples:
+  {PROGRAM} plan config.yaml --ranks 4
+  {PROGRAM} plan config.yaml --ranks 16 --hosts 4 --memory-gb 24 --write new.yaml
+  {PROGRAM} plan model.num_layers=64 --ranks 256 --shape ogbn-papers100M --bandwidth-gbps 100
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every user's mistake."""
 
@@ -73,6 +80,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands, "train", "train, in as many processes as were started", TRAIN_EXAMPLES)
     _add_run(commands, "reference", "the plain full-graph loop, one process", REFERENCE_EXAMPLES)
+    add_plan(_add_command(commands, "plan", "choose stages, ways and chunks", PLAN_EXAMPLES))
     evaluate = _add_inference(
         commands, "evaluate", "exact accuracy of saved weights", EVALUATE_EXAMPLES
     )
@@ -100,6 +108,28 @@ def _add_run(
     command.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
+
+
+def add_plan(command: "Parser") -> None:
+    """The options of ``plan``."""
+    command.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | key.sub=value")
+    numbers: tuple[tuple[str, type, object, str], ...] = (
+        ("--ranks", int, None, "processes (default: those of the configuration)"),
+        ("--hosts", int, 1, "hosts they are spread over (default: 1)"),
+        ("--bandwidth-gbps", float, 10.0, "between hosts, per rank, Gbit/s (default: 10)"),
+        ("--local-gbps", float, None, "inside a host (default: as between hosts)"),
+        ("--latency-us", float, 200.0, "of a message, microseconds (default: 200)"),
+        ("--memory-gb", float, None, "memory of a rank (default: no limit)"),
+    )
+    for name, kind, default, help_text in numbers:
+        command.add_argument(name, type=kind, default=default, help=help_text)
+    command.add_argument("--chunks", metavar="C,C,...", help="numbers of chunks to try")
+    command.add_argument("--shape", metavar="NAME", help="a graph known by its counts only")
+    command.add_argument("--profile", metavar="FILE", help="costs measured on another machine")
+    command.add_argument("--save-profile", metavar="FILE", help="write the measured costs")
+    command.add_argument("--write", metavar="FILE", help="write the configuration with the plan")
+    command.add_argument("--picture", metavar="FILE.png", help="draw the timeline (matplotlib)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_inference(

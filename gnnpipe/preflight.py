@@ -52,6 +52,8 @@ def thread_variables(num_threads: int) -> dict[str, str]:
 
 def check_world_size(config: Config, world_size: int) -> None:
     """Checks that as many processes were started as the configuration needs."""
+    if config.parallel.plan == "auto":
+        return
     needed = config.world_size
     if world_size != needed:
         settings = f"parallel.num_stages={world_size}"
@@ -82,7 +84,9 @@ def check_inputs(config: Config) -> None:
             raise UserError(f"`{key}` (={path}) must be a directory that exists; check the path")
     files = {"partition.file": config.partition.file}
     if config.data.name.endswith(PATH_SUFFIXES):
-        files["data.name"] = config.data.name
+        # As the reader finds it: a relative path starts from the root.
+        path = os.path.join(config.data.root or "", config.data.name)
+        files["data.name"] = os.path.expanduser(path)
     for key, path in files.items():
         if path is not None and not os.path.isfile(path):
             raise UserError(f"`{key}` (={path}) must be a file that exists; check the path")

@@ -175,17 +175,20 @@ def simulate(
     duration: Callable[[Action], float],
     *,
     transfer: float | Callable[[Action], float] = 0.0,
+    occupancy: float | Callable[[Action], float] = 0.0,
 ) -> Timeline:
     """Predicts when each action runs.
 
     An action starts when its rank is free and what it reads has arrived. Messages travel while
-    ranks compute and do not slow each other down.
+    ranks compute; those that leave one rank follow one another.
 
     Args:
         schedule: Actions of each rank, in order.
         duration: Seconds that an action takes.
         transfer: Seconds from the end of an action to its result's arrival on another rank, the
             same for all or given by the sending action. Within a rank results are there at once.
+        occupancy: Seconds that the result keeps the sending rank's link busy, before
+            ``transfer`` begins.
 
     Raises:
         ScheduleError: The ranks wait for each other; names the action each of them waits at.
@@ -194,12 +197,22 @@ def simulate(
     num_chunks = 1 + max((a.chunk_index for actions in schedule for a in actions), default=0)
     ranks: list[list[Span]] = [[] for _ in schedule]
     done: dict[Action, tuple[int, float]] = {}  # where and when an action ended
+    homes = {a.stage_index: rank for rank, actions in enumerate(schedule) for a in actions}
+    link_free_s = [0.0] * len(schedule)
+    sent_s: dict[Action, float] = {}  # when a result has left its rank's link
 
     def arrival_s(needed: Action, rank: int) -> float:
         source, end_s = done[needed]
         if source == rank:
             return end_s
-        return end_s + (transfer(needed) if callable(transfer) else transfer)
+        return sent_s[needed] + (transfer(needed) if callable(transfer) else transfer)
+
+    def send(action: Action, rank: int, end_s: float) -> None:
+        reader = action.stage_index + (1 if action.kind == "F" else -1)
+        if homes.get(reader, rank) != rank:
+            busy_s = occupancy(action) if callable(occupancy) else occupancy
+            link_free_s[rank] = max(link_free_s[rank], end_s) + busy_s
+            sent_s[action] = link_free_s[rank]
 
     while True:
         waiting = {}
@@ -215,6 +228,7 @@ def simulate(
                 start_s = max([free_s, *(arrival_s(needed, rank) for needed in needs)])
                 ranks[rank].append(Span(action, start_s, start_s + duration(action)))
                 done[action] = (rank, ranks[rank][-1].end_s)
+                send(action, rank, ranks[rank][-1].end_s)
         if not waiting:
             return Timeline(ranks)
         if len(done) == num_done:

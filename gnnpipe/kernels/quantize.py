@@ -59,12 +59,12 @@ def _quantize(x, key, levels, scale):  # type: ignore[no-untyped-def]
         row_scale = largest / limit if is_finite else np.float32(np.nan)
         scale[i] = row_scale
         divisor = row_scale if is_finite and row_scale > np.float32(0) else np.float32(1)
-        row_key = cpu._mix((np.uint64(i) * cpu._GOLDEN) ^ key)
+        row_key = cpu.mix((np.uint64(i) * cpu.GOLDEN) ^ key)
         for column in range(x.shape[1]):
-            u = np.float32(cpu._draw(row_key, column) >> np.uint32(8)) * unit
+            u = np.float32(cpu.draw(row_key, column) >> np.uint32(8)) * unit
             value = np.float32(x[i, column]) if is_finite else np.float32(0)
             level = np.floor(value / divisor + u)
             levels[i, column] = np.int8(min(max(level, -limit), limit))
 
 
-_kernel = cpu._compile(_quantize)
+_kernel = cpu.compiled(_quantize)

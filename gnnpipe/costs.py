@@ -1,0 +1,103 @@
+"""How long a layer takes on a chunk, and a message on a link: the planner's constants.
+
+A forward or backward of one layer over n rows and e edges takes ``a + b n + c e`` seconds. The
+constants differ by the layer's role in the model: input, convolution, output.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gnnpipe.errors import UserError
+
+LOCAL_GBPS = 10.0
+"""Assumed between ranks of one host, through gloo on the loopback."""
+
+LATENCY_US = 200.0
+"""Assumed for a small message through gloo."""
+
+ROLES = ("input", "convolution", "output")
+
+
+class Line(NamedTuple):
+    """``fixed_s + per_row_s * rows + per_edge_s * edges``."""
+
+    fixed_s: float
+    per_row_s: float
+    per_edge_s: float
+
+    def seconds(self, rows: float, edges: float) -> float:
+        """Time for a chunk."""
+        return self.fixed_s + self.per_row_s * rows + self.per_edge_s * edges
+
+
+class Profile(NamedTuple):
+    """What one model costs on one machine."""
+
+    lines: Mapping[str, Line]
+    """By role and direction, such as ``convolution F``."""
+    step_s_per_parameter: float
+    """Optimizer's time."""
+    note: str
+    """Where it comes from."""
+
+    def layer_s(self, role: str, kind: str, rows: float, edges: float) -> float:
+        """Seconds of one layer's forward (``F``) or backward (``B``) of one chunk."""
+        return self.lines[f"{role} {kind}"].seconds(rows, edges)
+
+
+class Links(NamedTuple):
+    """The network."""
+
+    bandwidth_gbps: float
+    """Between hosts, per rank and direction, Gbit/s."""
+    latency_us: float
+    """Of a message, microseconds."""
+    local_gbps: float
+    """The same bandwidth inside a host."""
+    ranks_per_host: int
+
+    def seconds(self, num_bytes: float, *, is_local: bool) -> float:
+        """How long a message keeps its link busy, without latency."""
+        gbps = self.local_gbps if is_local else self.bandwidth_gbps
+        return num_bytes * 8e-9 / gbps
+
+    @property
+    def latency_s(self) -> float:
+        """Of a message."""
+        return self.latency_us * 1e-6
+
+
+def role_of(index: int, num_layers: int) -> str:
+    """The role of a layer in a model: its first and its last one differ from the others."""
+    if index == 0:
+        return "input"
+    return "output" if index == num_layers - 1 else "convolution"
+
+
+def save_profile(profile: Profile, path: str | Path) -> None:
+    """Writes a profile as JSON."""
+    text = json.dumps(profile._asdict(), indent=2)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads what :func:`save_profile` wrote.
+
+    Raises:
+        UserError: the file is no profile.
+    """
+    try:
+        values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        lines = {str(name): Line(*map(float, line)) for name, line in values["lines"].items()}
+        profile = Profile(lines, float(values["step_s_per_parameter"]), str(values["note"]))
+        missing = {f"{role} {kind}" for role in ROLES for kind in "FB"} - lines.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        missing = {"anything"}
+    if missing:
+        raise UserError(
+            f"`--profile` (={path}) must be a file that --save-profile wrote; make one on that"
+            " machine"
+        )
+    return profile

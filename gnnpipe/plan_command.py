@@ -1,0 +1,115 @@
+"""``python -m gnnpipe plan``: profile, predict, choose, show, write."""
+
+from pathlib import Path
+from typing import Any
+
+from gnnpipe.config import Config, to_yaml
+from gnnpipe.costs import Links, Profile, load_profile, save_profile
+from gnnpipe.errors import UserError
+from gnnpipe.metrics import json_text
+from gnnpipe.plan_request import PlanRequest
+from gnnpipe.planner import Planner, Prediction, choose, reason
+from gnnpipe.planning import (
+    CHUNKS,
+    GPU,
+    SHAPES,
+    applied,
+    assumed_layers,
+    assumed_shape,
+    predict_all,
+    profile_of,
+    report,
+    shape_of,
+)
+from gnnpipe.runs import model_layers
+from gnnpipe.schedule import Timeline
+from gnnpipe.trainer import load_data
+
+
+def run_plan(config: Config, request: PlanRequest) -> str:
+    """Plans as asked; returns what to print."""
+    links = Links(
+        request.bandwidth_gbps,
+        request.latency_us,
+        request.local_gbps,
+        request.ranks // request.hosts,
+    )
+    planner, profile, num_layers, num_nodes = _planner(config, request, links)
+    chunks = request.chunks or (*CHUNKS, config.partition.num_chunks)
+    predictions = predict_all(
+        planner, request.ranks, chunks=chunks, num_layers=num_layers, num_nodes=num_nodes
+    )
+    limit = None if request.memory_gb is None else request.memory_gb * 1e9
+    best = choose(predictions, memory_bytes=limit)
+    if request.picture is not None:
+        save_picture(best.timeline, request.picture)
+    if request.write is not None:
+        Path(request.write).write_text(to_yaml(applied(config, best.setting)), encoding="utf-8")
+    if request.is_json:
+        figures = {"best": _figures(best), "why": reason(best, predictions)}
+        return json_text(figures | {"settings": [_figures(p) for p in predictions]})
+    return report(predictions, best, links, profile.note)
+
+
+def save_picture(timeline: Timeline, path: str) -> None:
+    """Draws a timeline into an image file.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            f"`--picture` (={path}) needs matplotlib; pip install matplotlib or leave it out"
+        ) from None
+    figure = Figure(figsize=(12, 1 + 0.4 * len(timeline.ranks)), layout="tight")
+    axes = figure.subplots()
+    for rank, spans in enumerate(timeline.ranks):
+        for kind, colour in (("F", "tab:blue"), ("B", "tab:orange")):
+            chosen = [s for s in spans if s.action.kind == kind]
+            bars = [(s.start_s * 1e3, (s.end_s - s.start_s) * 1e3) for s in chosen]
+            axes.broken_barh(bars, (rank - 0.4, 0.8), color=colour, edgecolor="white", lw=0.3)
+    axes.set_yticks(range(len(timeline.ranks)), [f"rank {r}" for r in range(len(timeline.ranks))])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"ms; bubble {timeline.bubble_fraction:.3f}; blue forward, orange backward")
+    figure.savefig(path)
+
+
+def _planner(
+    config: Config, request: PlanRequest, links: Links
+) -> tuple[Planner, Profile, int, int]:
+    sizes: dict[str, Any] = {
+        "links": links,
+        "element_bytes": 8 if config.model.dtype == "float64" else 4,
+        "period": config.history.period,
+    }
+    given = None if request.profile is None else load_profile(request.profile)
+    if request.shape is not None:
+        if request.shape not in SHAPES:
+            raise UserError(
+                f"`--shape` (={request.shape}) must be one of {', '.join(SHAPES)}; or name a data"
+                " set by data.name"
+            )
+        counts, profile = SHAPES[request.shape], given or GPU
+        layers = assumed_layers(config, counts)
+        planner = Planner(layers, assumed_shape(counts), profile=profile, **sizes)
+        return planner, profile, len(layers), counts.num_nodes
+    graph = load_data(config)
+    profile = given or profile_of(graph, config)
+    if request.save_profile is not None:
+        save_profile(profile, request.save_profile)
+    layers = model_layers(config, graph)
+    planner = Planner(layers, shape_of(graph), profile=profile, **sizes)
+    return planner, profile, len(layers), graph.num_nodes
+
+
+def _figures(prediction: Prediction) -> dict[str, Any]:
+    return {
+        **prediction.setting._asdict(),
+        "layers_per_stage": prediction.sizes,
+        "epoch_s": prediction.epoch_s,
+        "bubble_fraction": prediction.bubble_fraction,
+        "comm_bytes": prediction.comm_bytes,
+        "memory_bytes": prediction.memory_bytes,
+    }

@@ -1,0 +1,299 @@
+"""Chooses stages, ways, chunks and virtual stages: predicts every setting, takes the quickest.
+
+The prediction simulates the very schedule that the engine will run. An action lasts as long as
+its layers on a mean chunk, and waits for the halo of each layer as far as interior rows do not
+hide it. Graph parallelism (one stage) and a single rank are settings like any other, so a case
+that is too small, sparse or shallow for a pipeline gets one of those.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from gnnpipe.costs import Links, Profile, role_of
+from gnnpipe.errors import UserError
+from gnnpipe.memory import FeatureCounts, WayCounts, predict_memory_bytes
+from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
+from gnnpipe.shapes import LayerShape, num_parameters
+from gnnpipe.volume import MirrorCounts, predict_comm_bytes
+
+TIE = 1.02
+"""Settings within this factor are as quick; the simplest of them is taken."""
+
+
+class Setting(NamedTuple):
+    """One way to run."""
+
+    num_stages: int
+    num_ways: int
+    num_chunks: int
+    virtual_stages: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes."""
+        return self.num_stages * self.num_ways
+
+
+class WayShape(NamedTuple):
+    """What a number of ways does to a graph."""
+
+    mirrors: MirrorCounts
+    interior_share: float
+    """Share of edges whose target reads no other way: what a halo can hide behind."""
+
+
+class GraphShape(NamedTuple):
+    """The counts that costs depend on."""
+
+    num_nodes: int
+    num_edges: int
+    features: FeatureCounts
+    is_symmetric: bool
+    ways: Callable[[int], WayShape]
+
+
+class Prediction(NamedTuple):
+    """What a setting would do."""
+
+    setting: Setting
+    sizes: list[int]
+    """Layers of each stage, virtual ones included."""
+    epoch_s: float
+    bubble_fraction: float
+    comm_bytes: dict[str, int]
+    memory_bytes: int
+    """Of the rank with the most."""
+    timeline: Timeline
+
+
+class Planner:
+    """Predicts settings for one model on one graph.
+
+    Args:
+        layers: the whole model.
+        graph: its counts.
+        profile: of the machine.
+        links: the network.
+        element_bytes: bytes of a number.
+        period: epochs between snapshots, for the memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        graph: GraphShape,
+        *,
+        profile: Profile,
+        links: Links,
+        element_bytes: int = 4,
+        period: int = 1,
+    ) -> None:
+        self._layers = layers
+        self._graph = graph
+        self._profile = profile
+        self._links = links
+        self._bytes = element_bytes
+        self._period = period
+        self._ways: dict[int, WayShape] = {}
+
+    def predict(self, setting: Setting) -> Prediction:
+        """Simulates one epoch."""
+        S, W, _, v = setting
+        costs = [self._layer_s(i, setting) for i in range(len(self._layers))]
+        sizes = split_layers([f + b for f, b in costs], S * v)
+        bounds = [sum(sizes[:stage]) for stage in range(S * v + 1)]
+        spent = [
+            tuple(sum(part) for part in zip(*costs[low:high], strict=True))
+            for low, high in pairwise(bounds)
+        ]
+        crossing = self._crossing_bytes(bounds, setting)
+
+        def occupancy(action: Action) -> float:
+            cut = action.stage_index + (action.kind == "F")
+            is_local = self._links.ranks_per_host >= setting.num_ranks
+            return self._links.seconds(crossing[cut], is_local=is_local)
+
+        timeline = simulate(
+            fill_drain(S, setting.num_chunks, v),
+            lambda action: spent[action.stage_index][action.kind == "B"],
+            transfer=self._links.latency_s,
+            occupancy=occupancy,
+        )
+        tail_s = max(self._tail_s(bounds, rank, setting) for rank in range(S))
+        epoch_s = timeline.makespan_s + tail_s
+        halo_s = sum(self._halo_s(i, setting) for i in range(len(self._layers)))
+        busy_s = sum(timeline.busy_s) + tail_s * S - 2 * setting.num_chunks * halo_s
+        return Prediction(
+            setting,
+            sizes,
+            epoch_s,
+            max(0.0, 1.0 - busy_s / (S * epoch_s)),
+            self._comm_bytes(bounds, W),
+            max(self._memory_bytes(bounds, rank, setting) for rank in range(S)),
+            timeline,
+        )
+
+    def _layer_s(self, index: int, setting: Setting) -> tuple[float, float]:
+        """Forward and backward of one chunk through one layer, the halo's wait included."""
+        rows, edges = self._chunk(setting)
+        role = role_of(index, len(self._layers))
+        halo_s = self._halo_s(index, setting)
+        forward_s = self._profile.layer_s(role, "F", rows, edges)
+        return forward_s + halo_s, self._profile.layer_s(role, "B", rows, edges) + halo_s
+
+    def _halo_s(self, index: int, setting: Setting) -> float:
+        """How long one chunk waits for its halo in one layer, beyond what interior rows hide."""
+        layer, W = self._layers[index], setting.num_ways
+        if W == 1 or layer.operator == "none":
+            return 0.0
+        way = self._way(W)
+        rows = (way.mirrors.incoming + way.mirrors.outgoing) / 2 / (W * setting.num_chunks)
+        num_bytes = rows * layer.table_channels * self._bytes
+        is_local = self._links.ranks_per_host >= W
+        travel_s = self._links.seconds(num_bytes, is_local=is_local) + self._links.latency_s
+        if layer.operator.startswith("edges"):
+            return travel_s
+        line = self._profile.lines[f"{role_of(index, len(self._layers))} F"]
+        hidden_s = line.per_edge_s * self._chunk(setting)[1] * way.interior_share
+        return max(0.0, travel_s - hidden_s)
+
+    def _tail_s(self, bounds: Sequence[int], rank: int, setting: Setting) -> float:
+        """After the last backward: what is left of the weight sums, and the optimizer."""
+        S, W, _, v = setting
+        held = [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)]
+        step_s = num_parameters(held) * self._profile.step_s_per_parameter
+        if W == 1:
+            return step_s
+        num_bytes = 2 * (W - 1) / W * num_parameters(held) * self._bytes
+        is_local = self._links.ranks_per_host >= W
+        sums_s = self._links.seconds(num_bytes, is_local=is_local)
+        rows, edges = self._chunk(setting)
+        hidden_s = sum(
+            self._profile.layer_s(role_of(i, len(self._layers)), "B", rows, edges)
+            for i in _of(bounds, rank)
+        )
+        return step_s + max(0.0, sums_s - hidden_s) + 2 * (W - 1) * self._links.latency_s
+
+    def _crossing_bytes(self, bounds: Sequence[int], setting: Setting) -> list[float]:
+        """Bytes of one chunk across the cut before each stage; none before the first."""
+        volumes = []
+        for cut in bounds:
+            is_inner = 0 < cut < len(self._layers) and setting.num_stages > 1
+            ends = [0, cut, len(self._layers)] if is_inner else [0, len(self._layers)]
+            sent = self._comm_bytes(ends, 1)
+            both = sent["boundary"] + sent["carried"]
+            volumes.append(both / 2 / (setting.num_chunks * setting.num_ways))
+        return volumes
+
+    def _comm_bytes(self, bounds: Sequence[int], num_ways: int) -> dict[str, int]:
+        return predict_comm_bytes(
+            self._layers,
+            bounds=bounds,
+            is_local_cut=False,
+            num_nodes=self._graph.num_nodes,
+            num_ways=num_ways,
+            mirrors=self._way(num_ways).mirrors,
+            element_bytes=self._bytes,
+        )
+
+    def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> int:
+        S, W, C, v = setting
+        graph, mirrors = self._graph, self._way(W).mirrors
+        entries = graph.features.num_entries
+        way = WayCounts(
+            num_rows=graph.num_nodes // W,
+            in_mirrors=mirrors.incoming // W,
+            out_mirrors=mirrors.outgoing // W,
+            num_edges=graph.num_edges // W,
+            is_symmetric=graph.is_symmetric,
+            largest_chunk=-(-graph.num_nodes // (W * C)),
+        )
+        found = predict_memory_bytes(
+            [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)],
+            is_first=rank == 0,
+            is_pipelined=S > 1,
+            way=way,
+            features=graph.features._replace(num_entries=entries and entries // W),
+            num_chunks=C,
+            period=self._period,
+            element_bytes=self._bytes,
+        )
+        return found.total
+
+    def _chunk(self, setting: Setting) -> tuple[float, float]:
+        """Rows and edges of a mean chunk of one way."""
+        parts = setting.num_ways * setting.num_chunks
+        return self._graph.num_nodes / parts, self._graph.num_edges / parts
+
+    def _way(self, num_ways: int) -> WayShape:
+        if num_ways not in self._ways:
+            self._ways[num_ways] = self._graph.ways(num_ways)
+        return self._ways[num_ways]
+
+
+def settings(
+    num_ranks: int, *, num_layers: int, chunks: Sequence[int], num_nodes: int
+) -> Iterator[Setting]:
+    """All settings for exactly ``num_ranks`` ranks, and one rank alone.
+
+    Args:
+        num_ranks: ranks.
+        num_layers: layers of the model, input and output included.
+        chunks: numbers of chunks to try; a single stage always tries 1, which is exact.
+        num_nodes: nodes of the graph, at least one for each chunk of each way.
+    """
+    yield Setting(1, 1, 1, 1)
+    if num_ranks == 1:
+        return
+    for S in (S for S in range(1, num_ranks + 1) if num_ranks % S == 0):
+        W = num_ranks // S
+        for C in sorted({1, *chunks} if S == 1 else set(chunks)):
+            for v in (1, 2, 4) if S > 1 else (1,):
+                if v * S <= num_layers and num_nodes >= C * W:
+                    yield Setting(S, W, C, v)
+
+
+def choose(predictions: Sequence[Prediction], *, memory_bytes: float | None = None) -> Prediction:
+    """The quickest setting that fits into memory; of equals the one with fewest parts.
+
+    Raises:
+        UserError: none fits.
+    """
+    fitting = [p for p in predictions if memory_bytes is None or p.memory_bytes <= memory_bytes]
+    if not fitting:
+        least = min(p.memory_bytes for p in predictions)
+        raise UserError(
+            f"`--memory-gb` (={(memory_bytes or 0) / 1e9:g}) must be at least {least / 1e9:.3g},"
+            " what the smallest setting needs; use more ranks"
+        )
+    best_s = min(p.epoch_s for p in fitting)
+    equal = [p for p in fitting if p.epoch_s <= best_s * TIE]
+    return min(equal, key=lambda p: (p.setting.num_ranks, p.setting[2:], p.epoch_s))
+
+
+def reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
+    """Why, in a sentence."""
+    kinds = {
+        "one rank": [p for p in predictions if p.setting.num_ranks == 1],
+        "graph parallelism": [
+            p for p in predictions if p.setting.num_stages == 1 and p.setting.num_ways > 1
+        ],
+        "a pipeline": [p for p in predictions if p.setting.num_stages > 1],
+    }
+    parts = [
+        f"{name} {min(p.epoch_s for p in group) * 1e3:.4g} ms"
+        for name, group in kinds.items()
+        if group
+    ]
+    if best.setting.num_stages > 1:
+        words = "the pipeline gains more than its warm-up and drain cost"
+    elif best.setting.num_ranks > 1:
+        words = "too little work or too few layers to fill a pipeline: graph parallelism"
+    else:
+        words = "too small for several ranks: messages would cost more than they save"
+    return f"{words}; best of each: {', '.join(parts)}"
+
+
+def _of(bounds: Sequence[int], stage: int) -> range:
+    return range(bounds[stage], bounds[stage + 1])

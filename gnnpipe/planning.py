@@ -1,0 +1,230 @@
+"""From a configuration and a graph to a plan: counts, profile, predictions, and their table."""
+
+import dataclasses
+from collections.abc import Sequence
+from math import exp, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gnnpipe import chunk
+from gnnpipe.chunk import ChunkedGraph
+from gnnpipe.config import Config
+from gnnpipe.costs import Line, Links, Profile
+from gnnpipe.graph import Graph
+from gnnpipe.memory import FeatureCounts
+from gnnpipe.models import build_layers
+from gnnpipe.models.layer import Layer
+from gnnpipe.planner import (
+    GraphShape,
+    Planner,
+    Prediction,
+    Setting,
+    WayShape,
+    choose,
+    reason,
+    settings,
+)
+from gnnpipe.profiling import measure
+from gnnpipe.runs import model_layers
+from gnnpipe.schedule import draw
+from gnnpipe.volume import MirrorCounts
+from partition import assign
+
+CHUNKS = (4, 8, 16, 32, 64)
+PROFILE_CHUNKS = (4, 24)
+PROFILE_LAYERS = 2
+MIRROR_CONSTANT = 0.26
+SHOWN = 12
+
+
+class Counts(NamedTuple):
+    """A graph that is not here, by its counts."""
+
+    num_nodes: int
+    num_edges: int
+    num_features: int
+    num_classes: int
+
+
+SHAPES = {
+    "ogbn-arxiv": Counts(169_343, 2_315_598, 128, 40),
+    "ogbn-products": Counts(2_449_029, 123_718_280, 100, 47),
+    "ogbn-papers100M": Counts(111_059_956, 3_231_371_744, 128, 172),
+}
+"""Published counts, both directions of every edge."""
+
+GPU = Profile(
+    {
+        f"{role} {kind}": Line(3e-4, per_row, per_edge)
+        for role, edge in (("input", 0.0), ("convolution", 5e-10), ("output", 0.0))
+        for kind, per_row, per_edge in (("F", 4e-9, edge), ("B", 8e-9, edge))
+    },
+    2e-11,
+    "assumed: a GPU that gathers 0.8 TB/s at width 100 and needs 0.3 ms to start a layer",
+)
+"""For what-if plans without a measured profile."""
+
+
+def profile_of(graph: Graph, config: Config) -> Profile:
+    """Measures a few layers of the configured model on this graph, on this machine."""
+    short = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=PROFILE_LAYERS),
+        parallel=dataclasses.replace(
+            config.parallel, num_stages=1, virtual_stages=1, layers_per_stage=None
+        ),
+    )
+    cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
+    return measure(cuts, lambda: model_layers(short, graph))
+
+
+def shape_of(graph: Graph) -> GraphShape:
+    """The counts of a graph; what ways do to it is found by cutting it."""
+    features = graph.features
+    entries = None if isinstance(features, np.ndarray) else int(features.nnz)
+    return GraphShape(
+        graph.num_nodes,
+        graph.num_edges,
+        FeatureCounts(graph.num_features, entries),
+        not graph.is_directed,
+        lambda num_ways: _ways(graph, num_ways),
+    )
+
+
+def assumed_shape(counts: Counts) -> GraphShape:
+    """A graph known by its counts only.
+
+    Mirrors per node are ``(W - 1) (1 - exp(-0.26 sqrt(degree) / W))``: 0.8 and 3.4 at 8 ways and
+    mean degrees of 14 and 490, where METIS cuts of ogbn-arxiv and Reddit have 0.7 and 2.6.
+    """
+
+    def ways(num_ways: int) -> WayShape:
+        degree = counts.num_edges / counts.num_nodes
+        share = 1 - exp(-MIRROR_CONSTANT * sqrt(degree) / num_ways)
+        mirrors = round(counts.num_nodes * (num_ways - 1) * share)
+        return WayShape(MirrorCounts(mirrors, mirrors), 0.5 if num_ways > 1 else 1.0)
+
+    features = FeatureCounts(counts.num_features, None)
+    return GraphShape(counts.num_nodes, counts.num_edges, features, True, ways)
+
+
+def assumed_layers(config: Config, counts: Counts) -> list[Layer]:
+    """The configured model for such a graph, without storage."""
+    model = config.model
+    with torch.device("meta"):
+        return build_layers(
+            model.name,
+            in_channels=counts.num_features,
+            hidden_channels=model.hidden_channels,
+            out_channels=counts.num_classes,
+            num_layers=model.num_layers,
+            dropout=model.dropout,
+            options=model.options,
+        )
+
+
+def predict_all(
+    planner: Planner, num_ranks: int, *, chunks: Sequence[int], num_layers: int, num_nodes: int
+) -> list[Prediction]:
+    """Every setting's prediction, the quickest first."""
+    found = [
+        planner.predict(setting)
+        for setting in settings(
+            num_ranks, num_layers=num_layers, chunks=chunks, num_nodes=num_nodes
+        )
+    ]
+    return sorted(found, key=lambda p: p.epoch_s)
+
+
+def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Prediction:
+    """What ``parallel.plan: auto`` takes: exactly ``num_ranks`` ranks, chunks as configured."""
+    layers = model_layers(config, graph)
+    planner = Planner(
+        layers,
+        shape_of(graph),
+        profile=profile_of(graph, config),
+        links=links,
+        element_bytes=8 if config.model.dtype == "float64" else 4,
+        period=config.history.period,
+    )
+    count = config.partition.num_chunks
+    possible = settings(
+        num_ranks, num_layers=len(layers), chunks=[count], num_nodes=graph.num_nodes
+    )
+    candidates = {s._replace(num_chunks=count) for s in possible if s.num_ranks == num_ranks}
+    return choose([planner.predict(setting) for setting in sorted(candidates)])
+
+
+def applied(config: Config, setting: Setting) -> Config:
+    """The configuration with a setting in place of a plan."""
+    parallel = dataclasses.replace(
+        config.parallel,
+        plan="manual",
+        num_stages=setting.num_stages,
+        num_ways=setting.num_ways,
+        virtual_stages=setting.virtual_stages,
+        layers_per_stage=None,
+    )
+    partition = dataclasses.replace(config.partition, num_chunks=setting.num_chunks)
+    return dataclasses.replace(config, parallel=parallel, partition=partition)
+
+
+def report(predictions: Sequence[Prediction], best: Prediction, links: Links, note: str) -> str:
+    """The table, the picture of the chosen setting, and why."""
+    head = "    S    W    C  v    epoch ms  bubble     sent MB   memory MB"
+    rows = [_row(p, is_best=p is best) for p in predictions[:SHOWN]]
+    if best not in predictions[:SHOWN]:
+        rows.append(_row(best, is_best=True))
+    alone = next(p for p in predictions if p.setting.num_ranks == 1)
+    if alone not in predictions[:SHOWN] and alone is not best:
+        rows.append(_row(alone, is_best=False))
+    picture = draw(best.timeline, slot_s=best.timeline.makespan_s / 24 or 1.0)
+    S, W, C, v = best.setting
+    return "\n".join(
+        [
+            f"costs: {note}; links: {links.bandwidth_gbps:g} Gbit/s, {links.latency_us:g} us",
+            head,
+            *rows,
+            f"... of {len(predictions)} settings",
+            "",
+            picture if S <= MOST_DRAWN else f"({S} stages are too many to draw)",
+            "",
+            f"* {S} stage(s) x {W} way(s), {C} chunk(s), {v} virtual: {reason(best, predictions)}",
+        ]
+    )
+
+
+MOST_DRAWN = 16
+
+
+def _row(prediction: Prediction, *, is_best: bool) -> str:
+    S, W, C, v = prediction.setting
+    sent = sum(prediction.comm_bytes.values()) / 1e6
+    return (
+        f"{'*' if is_best else ' '}{S:>4} {W:>4} {C:>4} {v:>2} {prediction.epoch_s * 1e3:>11.4g}"
+        f" {prediction.bubble_fraction:>7.3f} {sent:>11.4g} {prediction.memory_bytes / 1e6:>11.4g}"
+    )
+
+
+def _cut(graph: Graph, config: Config, num_chunks: int) -> ChunkedGraph:
+    method = "metis" if config.partition.method == "file" else config.partition.method
+    ids = assign(graph.indptr, graph.indices, num_chunks=num_chunks, method=method)
+    return chunk.cut(graph, *ids, num_ways=1, method=method, seed=0)
+
+
+def _ways(graph: Graph, num_ways: int) -> WayShape:
+    """Cuts a graph into ways and counts what they mirror."""
+    if num_ways == 1:
+        return WayShape(MirrorCounts(0, 0), 1.0)
+    ids = assign(graph.indptr, graph.indices, num_chunks=1, num_ways=num_ways)
+    way: Any = np.asarray(ids.way_id, dtype=np.int64)
+    target = np.repeat(np.arange(graph.num_nodes), np.diff(graph.indptr))
+    source = graph.indices.astype(np.int64)
+    crosses = way[source] != way[target]
+    incoming = np.unique(way[target[crosses]] * graph.num_nodes + source[crosses]).size
+    outgoing = np.unique(way[source[crosses]] * graph.num_nodes + target[crosses]).size
+    reads_mirror = np.bincount(target[crosses], minlength=graph.num_nodes) > 0
+    interior = 1.0 - float(reads_mirror[target].mean()) if target.size else 1.0
+    return WayShape(MirrorCounts(incoming, outgoing), interior)

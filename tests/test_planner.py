@@ -1,0 +1,286 @@
+"""What the planner predicts of settings, and which it takes."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from combinations import COMMON
+
+from gnnpipe.cli import main
+from gnnpipe.config import load_config
+from gnnpipe.costs import Line, Links, Profile, load_profile, save_profile
+from gnnpipe.datasets import load_graph
+from gnnpipe.errors import UserError
+from gnnpipe.memory import FeatureCounts
+from gnnpipe.plan_request import PlanRequest, plan_request
+from gnnpipe.planner import GraphShape, Planner, Setting, WayShape, choose, reason, settings
+from gnnpipe.planning import (
+    SHAPES,
+    Counts,
+    applied,
+    assumed_layers,
+    assumed_shape,
+    predict_all,
+    shape_of,
+)
+from gnnpipe.volume import MirrorCounts
+
+FAST = Links(1e9, 0.0, 1e9, 1000)
+
+
+def per_row(seconds: float) -> Profile:
+    """Every layer costs the same per row, a backward twice the forward; the ends are free."""
+    none = Line(0.0, 0.0, 0.0)
+    lines = {f"{role} {kind}": none for role in ("input", "output") for kind in "FB"}
+    lines |= {"convolution F": Line(0.0, seconds, 0.0), "convolution B": Line(0, 2 * seconds, 0)}
+    return Profile(lines, 0.0, "made up")
+
+
+def planner(
+    *, num_layers: int = 8, links: Links = FAST, mirrors: int = 0, profile: Profile | None = None
+) -> Planner:
+    """A GCN on 1000 nodes and 1000 edges."""
+    config = load_config(None, ["model.name=gcn", f"model.num_layers={num_layers}"])
+    layers = assumed_layers(config, Counts(1000, 1000, 10, 3))
+
+    def ways(num_ways: int) -> WayShape:
+        count = mirrors * (num_ways - 1)
+        return WayShape(MirrorCounts(count, count), 1.0)
+
+    shape = GraphShape(1000, 1000, FeatureCounts(10, None), True, ways)
+    return Planner(layers, shape, profile=profile or per_row(1e-6), links=links)
+
+
+def test_one_rank_takes_the_sum_of_its_layers() -> None:
+    found = planner().predict(Setting(1, 1, 1, 1))
+    assert found.epoch_s == pytest.approx(8 * 3e-6 * 1000)
+    assert found.bubble_fraction == pytest.approx(0.0)
+    assert sum(found.comm_bytes.values()) == 0
+
+
+@pytest.mark.parametrize(("S", "C", "v"), [(2, 4, 1), (4, 8, 1), (2, 4, 2), (4, 8, 2)])
+def test_even_stages_have_the_ideal_bubble(S: int, C: int, v: int) -> None:
+    found = planner().predict(Setting(S, 1, C, v))
+    ideal = (S - 1) / (v * C + S - 1)
+    assert found.bubble_fraction == pytest.approx(ideal)
+    assert found.epoch_s == pytest.approx(8 * 3e-3 / S / (1 - ideal))
+    assert found.sizes == found.sizes[::-1] or sum(found.sizes) == 10
+
+
+def test_ways_share_rows_and_wait_for_what_they_mirror() -> None:
+    alone = planner().predict(Setting(1, 2, 1, 1))
+    assert alone.epoch_s == pytest.approx(8 * 3e-3 / 2)
+    # 8 layers, forward and backward: 500 mirror rows x 64 channels x 4 bytes over 1 Gbit/s.
+    slow = planner(links=Links(1.0, 0.0, 1.0, 1), mirrors=1000).predict(Setting(1, 2, 1, 1))
+    halo_s = 16 * 500 * 64 * 4 * 8e-9
+    sums_s = slow.epoch_s - 8 * 3e-3 / 2 - halo_s
+    assert 0 <= sums_s < 1e-3
+    assert slow.bubble_fraction == pytest.approx((halo_s + 0.0) / slow.epoch_s, abs=0.05)
+    assert slow.comm_bytes["halo"] == 8 * 2 * 1000 * 64 * 4
+
+
+def test_boundaries_follow_one_another_on_a_link() -> None:
+    # A chunk's rows take 10 times as long to send as to compute: the link sets the pace.
+    chunk_bytes = 250 * 64 * 4
+    compute_s = 4 * 250e-6
+    gbps = chunk_bytes * 8e-9 / (10 * compute_s)
+    found = planner(links=Links(gbps, 0.0, gbps, 1)).predict(Setting(2, 1, 4, 1))
+    assert found.epoch_s > 2 * 4 * 10 * compute_s
+
+
+def test_choice_is_the_quickest_then_the_simplest() -> None:
+    made = planner()
+    found = [made.predict(s) for s in settings(4, num_layers=10, chunks=[8], num_nodes=1000)]
+    assert choose(found).setting == Setting(1, 4, 1, 1)  # no mirrors: nothing to pay
+    dear = planner(links=Links(0.1, 500.0, 0.1, 1), mirrors=900)
+    rated = [dear.predict(s) for s in settings(4, num_layers=10, chunks=[8], num_nodes=1000)]
+    assert choose(rated).setting == Setting(1, 1, 1, 1)
+    assert "one rank" in reason(choose(rated), rated)
+
+
+def test_pipelines_win_where_graph_parallelism_sends_much() -> None:
+    made = planner(num_layers=62, links=Links(1.0, 0.0, 1.0, 1), mirrors=900)
+    found = [made.predict(s) for s in settings(4, num_layers=64, chunks=[16], num_nodes=1000)]
+    best = choose(found)
+    assert best.setting.num_stages > 1
+    assert "pipeline" in reason(best, found)
+
+
+def test_settings_use_all_ranks_or_one() -> None:
+    found = list(settings(4, num_layers=10, chunks=[2, 8], num_nodes=1000))
+    assert {s.num_ranks for s in found} == {1, 4}
+    assert all(s.num_stages * s.virtual_stages <= 10 for s in found)
+    assert Setting(1, 4, 1, 1) in found
+    assert len(found) == len(set(found))
+    assert list(settings(1, num_layers=10, chunks=[2], num_nodes=9)) == [Setting(1, 1, 1, 1)]
+    assert all(
+        s.num_chunks * s.num_ways <= 9
+        for s in settings(4, num_layers=10, chunks=[2, 8], num_nodes=9)
+    )
+
+
+def test_memory_limits_the_choice() -> None:
+    made = planner()
+    found = [made.predict(s) for s in settings(4, num_layers=10, chunks=[8], num_nodes=1000)]
+    least = min(p.memory_bytes for p in found)
+    assert choose(found, memory_bytes=least).memory_bytes == least
+    with pytest.raises(UserError, match=r"`--memory-gb` \(=1e-09\) must be at least"):
+        choose(found, memory_bytes=1)
+
+
+def test_profiles_survive_a_file(tmp_path: Path) -> None:
+    save_profile(per_row(1e-6), tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == per_row(1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"lines": {}}', '{"lines": {}, "note": "", "step_s_per_parameter": 0}']
+)
+def test_a_file_that_is_no_profile_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="must be a file that --save-profile wrote"):
+        load_profile(path)
+
+
+def test_mirrors_of_a_real_graph_are_counted() -> None:
+    graph = load_graph("digits")
+    shape = shape_of(graph)
+    assert shape.ways(1) == WayShape(MirrorCounts(0, 0), 1.0)
+    two = shape.ways(2)
+    assert 0 < two.mirrors.incoming == two.mirrors.outgoing < graph.num_nodes
+    assert 0.0 < two.interior_share < 1.0
+
+
+def test_assumed_mirrors_grow_with_ways_up_to_a_limit() -> None:
+    shape = assumed_shape(SHAPES["ogbn-products"])
+    counts = [shape.ways(w).mirrors.incoming for w in (1, 2, 8, 64)]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+
+
+def test_hundreds_of_ranks_are_planned_in_seconds() -> None:
+    config = load_config(None, ["model.num_layers=64"])
+    counts = SHAPES["ogbn-papers100M"]
+    made = Planner(
+        assumed_layers(config, counts),
+        assumed_shape(counts),
+        profile=per_row(1e-8),
+        links=Links(100.0, 20.0, 400.0, 8),
+    )
+    found = predict_all(made, 64, chunks=[32], num_layers=66, num_nodes=counts.num_nodes)
+    assert found[0].epoch_s == min(p.epoch_s for p in found)
+    assert found[0].setting.num_ranks == 64
+
+
+# --- the command
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    values: dict[str, Any] = {
+        "ranks": 4,
+        "hosts": 1,
+        "bandwidth_gbps": 10.0,
+        "local_gbps": None,
+        "latency_us": 50.0,
+        "memory_gb": None,
+        "chunks": None,
+        "shape": None,
+        "profile": None,
+        "save_profile": None,
+        "write": None,
+        "picture": None,
+        "json": False,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+def request(**changes: Any) -> PlanRequest:
+    return plan_request(options(**changes), load_config(None))
+
+
+def test_request_fills_in_what_was_left_out() -> None:
+    asked = request(ranks=None, chunks="4, 8")
+    assert (asked.ranks, asked.chunks, asked.local_gbps) == (1, (4, 8), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": 0}, r"`--ranks` \(=0\) must be at least 1"),
+        ({"hosts": 0}, r"`--hosts` \(=0\) must be at least 1"),
+        ({"hosts": 3}, r"`--hosts` \(=3\) must divide `--ranks` \(=4\)"),
+        ({"bandwidth_gbps": 0.0}, r"`--bandwidth-gbps` \(=0\) must be above 0"),
+        ({"local_gbps": -1.0}, r"`--local-gbps` \(=-1\) must be above 0"),
+        ({"memory_gb": 0.0}, r"`--memory-gb` \(=0\) must be above 0"),
+        ({"latency_us": -1.0}, r"`--latency-us` \(=-1\) must be at least 0"),
+        ({"chunks": "4,x"}, r"`--chunks` \(=4,x\) must be numbers"),
+        ({"profile": "/nowhere.json"}, r"`--profile` \(=/nowhere.json\) must be a file"),
+    ],
+)
+def test_mistakes_in_the_request_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        request(**change)
+
+
+def run(*arguments: str) -> int:
+    return main(["plan", *arguments])
+
+
+SHORT = ("model.num_layers=4", "model.hidden_channels=16", "--ranks", "2", "--chunks", "4")
+
+
+def test_command_measures_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--write", str(tmp_path / "new.yaml"), "--save-profile", str(tmp_path / "p.json")]
+    assert run(*SHORT, *files, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    written = load_config(str(tmp_path / "new.yaml"))
+    best = figures["best"]
+    assert written.parallel.num_stages == best["num_stages"]
+    assert written.parallel.num_ways == best["num_ways"]
+    assert written.partition.num_chunks == best["num_chunks"]
+    assert run(*SHORT, "--profile", str(tmp_path / "p.json")) == 0
+    text = capsys.readouterr().out
+    assert "epoch ms" in text
+    assert "rank 0  " in text
+
+
+def test_command_knows_shapes_without_a_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--shape", "ogbn-arxiv", *SHORT) == 0
+    assert "assumed" in capsys.readouterr().out
+    assert run("--shape", "nothing", *SHORT) == 2
+    assert "`--shape` (=nothing) must be one of ogbn-arxiv" in capsys.readouterr().err
+
+
+def test_picture_needs_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert run("--shape", "ogbn-arxiv", *SHORT, "--picture", str(tmp_path / "a.png")) == 2
+    assert "needs matplotlib" in capsys.readouterr().err
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("--shape", "ogbn-arxiv", *SHORT, "--picture", str(tmp_path / "a.png")) == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_auto_trains_with_what_it_chose(tmp_path: Path) -> None:
+    run_dir = tmp_path / "auto"
+    small = ["model.num_layers=2", "model.hidden_channels=8", "training.epochs=2"]
+    arguments = [*COMMON, *small, "parallel.plan=auto", f"run.dir={run_dir}"]
+    assert main(["train", *arguments]) == 0
+    config = load_config(str(run_dir / "config.yaml"))
+    assert config.parallel.plan == "manual"
+    assert config.world_size == 1
+
+
+def test_applied_settings_replace_the_plan() -> None:
+    config = load_config(None, ["parallel.plan=auto"])
+    after = applied(config, Setting(2, 3, 8, 1))
+    assert (after.parallel.plan, after.world_size, after.partition.num_chunks) == ("manual", 6, 8)
