@@ -19,6 +19,7 @@ from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
 from gnnpipe.schedule import fill_drain, split_layers
 from gnnpipe.stage import LocalLayer, Stage
+from gnnpipe.tasks import SingleLabel, Task
 from gnnpipe.way import WayGraph, way_graph
 
 
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
     virtual_stages: int
     period: int
     cross_chunk_gradient: float
+    task: Task | None = None
+    """None is single labels without weights."""
 
 
 def initialise(layer: Layer, *, seed: int, index: int, like: Tensor) -> Layer:
@@ -95,7 +98,8 @@ def build_engine(
         )
     cuts = [None, *(cut_before(layers, bound) for bound in bounds[1:-1])]
     schedule = fill_drain(mesh.num_stages, chunked.num_chunks, plan.virtual_stages)
-    inputs = _inputs(chunked, graph, like, needs_features=0 in stages)
+    task = plan.task or SingleLabel()
+    inputs = _inputs(chunked, graph, like, task=task, needs_features=0 in stages)
     return Engine(stages, cuts, actions=schedule[stage_rank], inputs=inputs, comm=comm)
 
 
@@ -112,6 +116,7 @@ class _StageBuilder:
         """Initialises a layer without storage and gives it cells and a table."""
         if any(parameter.is_meta for parameter in layer.parameters()):
             layer = initialise(layer, seed=self._plan.seed, index=index, like=self._like)
+        layer = layer.to(self._like)
         operator, like = layer.operator, self._like
         if operator not in self._cells:
             self._cells[operator] = build_cells(
@@ -139,17 +144,16 @@ class _StageBuilder:
 
 
 def _inputs(
-    chunked: ChunkedGraph, graph: WayGraph, like: Tensor, *, needs_features: bool
+    chunked: ChunkedGraph, graph: WayGraph, like: Tensor, *, task: Task, needs_features: bool
 ) -> Inputs:
     """This rank's features and targets, chunk by chunk."""
     bounds = [(int(a), int(b)) for a, b in zip(graph.chunk_ptr, graph.chunk_ptr[1:], strict=False)]
-    labels = torch.from_numpy(np.asarray(chunked.labels[graph.row_id], np.int64))
+    labels = task.labels_of(chunked.labels[graph.row_id], like)
     masks = np.stack(
         [mask[graph.row_id] for mask in (chunked.train_mask, chunked.val_mask, chunked.test_mask)]
     )
-    whole = Targets(
-        labels.to(like.device), (torch.from_numpy(masks) & (labels >= 0)).to(like.device)
-    )
+    is_known = labels >= 0 if labels.ndim == 1 else ~labels.isnan().all(dim=1)
+    whole = Targets(labels, torch.from_numpy(masks).to(like.device) & is_known)
     rows = chunked.features[graph.row_id] if needs_features else None
     features = _Features(rows, like)
     return Inputs(
@@ -157,7 +161,8 @@ def _inputs(
         all_features=lambda: features.rows(0, graph.num_rows),
         targets=[Targets(whole.labels[a:b], whole.masks[:, a:b]) for a, b in bounds],
         all_targets=whole,
-        num_train=int((chunked.train_mask & (chunked.labels >= 0)).sum()),
+        num_train=task.normaliser(chunked),
+        task=task,
     )
 
 

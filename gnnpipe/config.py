@@ -13,12 +13,15 @@ from gnnpipe.errors import UserError
 from gnnpipe.fields import check_keys, check_seed, convert, dotted, settle, shown
 from gnnpipe.sections import (
     MODEL_OPTIONS,
+    CheckpointConfig,
+    CommConfig,
     DataConfig,
     HistoryConfig,
     ModelConfig,
     ParallelConfig,
     PartitionConfig,
     RunConfig,
+    TaskConfig,
     TrainingConfig,
 )
 from gnnpipe.sources import merge, read_file, read_override
@@ -51,11 +54,14 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     history: HistoryConfig = dataclasses.field(default_factory=HistoryConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -123,6 +129,8 @@ def to_dict(config: Config) -> dict[str, Any]:
         del values["model"][key]
     split = config.parallel.layers_per_stage
     values["parallel"]["layers_per_stage"] = None if split is None else list(split)
+    if isinstance(config.task.class_weight, tuple):
+        values["task"]["class_weight"] = list(config.task.class_weight)
     return values
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from gnnpipe.comm import Comm, Message
 from gnnpipe.inbox import Inbox
 from gnnpipe.kernels import SparseRows
-from gnnpipe.losses import Targets, count_correct, cross_entropy
+from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
 from gnnpipe.recorder import message_tag
 from gnnpipe.schedule import Action
 from gnnpipe.stage import Flow, LocalLayer, Stage
+from gnnpipe.tasks import Task
 from gnnpipe.weight_sums import WeightSums
 
 
@@ -54,8 +55,9 @@ class Inputs(NamedTuple):
     targets: list[Targets]
     """Labels and masks of each chunk."""
     all_targets: Targets
-    num_train: int
-    """Training nodes of the whole graph."""
+    num_train: float
+    """What the loss is divided by: training nodes of the whole graph, or the task's own."""
+    task: Task
 
 
 class Engine:
@@ -84,10 +86,15 @@ class Engine:
         self._inputs = inputs
         self._comm = comm
         self._last = len(cuts) - 1
-        self._chunk_sizes = [targets.labels.numel() for targets in inputs.targets]
+        self._chunk_sizes = [targets.labels.shape[0] for targets in inputs.targets]
         self._handed: dict[Action, Flow] = {}
         self._loss_gradients: dict[int, Tensor] = {}
         self.weight_sums = WeightSums(comm)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Features and labels of this rank's rows."""
+        return self._inputs
 
     def train_step(self, epoch: int, order: Sequence[int], *, is_measured: bool = False) -> float:
         """Runs all actions; parameter gradients are complete afterwards.
@@ -148,12 +155,34 @@ class Engine:
         return logits
 
     def evaluate(self) -> Tensor:
-        """Counts right predictions over all ranks: ``[3, 2]``, see ``count_correct``."""
-        logits = self.infer()
-        counts = torch.zeros((3, 2), dtype=torch.int64)
+        """The task's tally over all ranks, on every rank; see ``Task.figures``."""
+        logits, targets, task = self.infer(), self._inputs.all_targets, self._inputs.task
+        if task.needs_all_scores:
+            logits, targets = self._collected(logits)
+        tally = torch.zeros(task.tally_shape, dtype=torch.float64)
         if logits is not None:
-            counts = count_correct(logits, self._inputs.all_targets)
-        return self._comm.sum_over_ranks(counts)
+            tally += task.tally(logits, targets)
+        return self._comm.sum_over_ranks(tally)
+
+    def _collected(self, logits: Tensor | None) -> tuple[Tensor | None, Targets]:
+        """Scores and targets of all ways of the last stage, on rank 0; no scores elsewhere."""
+        mesh, targets = self._comm.mesh, self._inputs.all_targets
+        counts = torch.zeros(mesh.world_size, dtype=torch.int64)
+        width = targets.labels.shape[1]
+        flat = None
+        if logits is not None:
+            counts[self._comm.rank] = targets.labels.shape[0]
+            # One tensor per row: scores, labels, masks; a message has the dtype of activations.
+            rows = torch.cat((logits, targets.labels, targets.masks.T.to(logits)), dim=1)
+            flat = rows.flatten()
+        counts = self._comm.sum_over_ranks(counts)
+        sizes = [(rank, n * (2 * width + 3)) for rank, n in enumerate(counts.tolist()) if n]
+        parts = self._comm.collect_flat(flat, sizes)
+        if not parts:
+            return None, targets
+        rows = torch.cat(parts).view(-1, 2 * width + 3)
+        scores, labels, masks = torch.split(rows, [width, width, 3], dim=1)
+        return scores, Targets(labels, masks.T > 0)
 
     def staleness(self, num_layers: int) -> list[float]:
         """How far the last measured epoch moved the values that it found in the tables.
@@ -186,8 +215,8 @@ class Engine:
             return 0.0
         assert isinstance(out.x, Tensor)
         targets = self._inputs.targets[chunk]
-        loss, self._loss_gradients[chunk] = cross_entropy(
-            out.x, targets.labels, targets.masks[0], num_train=self._inputs.num_train
+        loss, self._loss_gradients[chunk] = self._inputs.task.loss(
+            out.x, targets.labels, targets.masks[0], total=self._inputs.num_train
         )
         return float(loss)
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
+from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
+from gnnpipe.tasks import SingleLabel, Task
 
 
 class Reference:
@@ -35,18 +37,21 @@ class Reference:
         seed: int,
         lr: float,
         weight_decay: float = 0.0,
+        task: Task | None = None,
     ) -> None:
-        assert graph.labels.ndim == 1, "the loop knows single labels only"
         self.layers = nn.ModuleList(layers)
         weight = next(self.layers.parameters())
         self._seed = seed
         self._full = FullGraph(graph, dtype=weight.dtype, device=weight.device)
-        self._labels = torch.from_numpy(graph.labels).to(weight.device)  # [N]
+        self._task = task or SingleLabel()
+        self._labels = self._task.labels_of(graph.labels, weight)  # [N] or [N, T]
+        known = graph.labels if graph.labels.ndim == 1 else graph.labels.max(axis=1)
+        is_known = known >= 0 if known.dtype.kind != "f" else np.ones(len(known), np.bool_)
         self._nodes = {
-            split: torch.from_numpy(np.flatnonzero(mask & (graph.labels >= 0))).to(weight.device)
+            split: torch.from_numpy(np.flatnonzero(mask & is_known)).to(weight.device)
             for split, mask in _splits(graph).items()
         }
-        self._optimizer = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(
             self.layers.parameters(), lr=lr, weight_decay=weight_decay, foreach=False
         )
 
@@ -60,13 +65,26 @@ class Reference:
             The mean cross entropy over the labelled training nodes, before the step.
         """
         train = self._nodes["train"]
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         logits = self._forward((self._seed, epoch))
-        total = nn.functional.cross_entropy(logits[train], self._labels[train], reduction="sum")
-        loss = total / train.numel()
+        loss = self._loss(logits[train], self._labels[train])
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
-        self._optimizer.step()
+        self.optimizer.step()
         return float(loss.detach())
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """torch's own losses; single labels as a sum, which rounds as the pipeline's does."""
+        if isinstance(self._task, SingleLabel):
+            weight = self._task.class_weight
+            if weight is not None:
+                return nn.functional.cross_entropy(scores, labels, weight.to(scores))
+            return nn.functional.cross_entropy(scores, labels, reduction="sum") / len(labels)
+        is_known = ~labels.isnan()
+        is_real = self._task.kind == "regression"
+        mean_loss = (
+            nn.functional.mse_loss if is_real else nn.functional.binary_cross_entropy_with_logits
+        )
+        return mean_loss(scores[is_known], labels[is_known])
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
@@ -82,6 +100,11 @@ class Reference:
         Returns:
             Fractions of the labelled nodes of each split; None where there are none.
         """
+        if not isinstance(self._task, SingleLabel):
+            masks = torch.zeros((3, len(self._labels)), dtype=torch.bool)
+            for mask, nodes in zip(masks, self._nodes.values(), strict=True):
+                mask[nodes.cpu()] = True
+            return self._task.figures(self._task.tally(logits, Targets(self._labels, masks)))
         right = logits.argmax(1) == self._labels  # [N]
         return {
             split: int(right[nodes].sum()) / nodes.numel() if nodes.numel() else None

@@ -1,6 +1,9 @@
 """What the epoch loop drives: the pipeline, or the plain full-graph loop beside it."""
 
+import dataclasses
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,14 +14,25 @@ from gnnpipe.assembly import Plan, build_engine, initialise, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
-from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
-from gnnpipe.losses import accuracies
 from gnnpipe.mesh import Mesh
+from gnnpipe.messages import Formats
 from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.reference import Reference
+from gnnpipe.reports import Reports
 from gnnpipe.schedule import chunk_order
+from gnnpipe.shards import Shards
+from gnnpipe.stage import LocalLayer
+from gnnpipe.state import (
+    history_state,
+    load_history,
+    load_model_state,
+    load_state,
+    model_state,
+    named_state,
+)
+from gnnpipe.tasks import Labelled, Task, make_task
 from gnnpipe.world import World, make_groups
 
 WAIT_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
@@ -40,6 +54,7 @@ class Run(Protocol):
     world_size: int
     num_parameters: int
     table_bytes: int
+    task: Task
 
     def train_epoch(self, epoch: int, *, is_measured: bool) -> float:
         """Takes one optimizer step, measuring the staleness on the way if asked.
@@ -62,6 +77,21 @@ class Run(Protocol):
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's ``values``, on rank 0."""
+
+    def transfer_s(self) -> list[float]:
+        """How long each rank waited for messages on their way, on rank 0, ``[ranks]``."""
+
+    def write_trace(self, path: Path) -> None:
+        """Writes the last epochs of all ranks as a Chrome trace, on rank 0."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of every rank's ``values``, on every rank."""
+
+    def state(self, *, histories: bool) -> dict[str, Tensor]:
+        """What this rank adds to a checkpoint."""
+
+    def restore(self, shards: Shards) -> None:
+        """Takes its part of a checkpoint, which any ranks may have written."""
 
 
 def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
@@ -105,7 +135,11 @@ class PipelineRun:
         like = torch.empty(0, dtype=getattr(torch, config.model.dtype), device=world.device)
         groups = make_groups(mesh, world.device)
         timeout_s = config.run.timeout_s
-        self._comm = Comm(mesh, world.rank, groups=groups, like=like, timeout_s=timeout_s)
+        formats = Formats(**dataclasses.asdict(config.comm), seed=config.seed)
+        self._comm = Comm(
+            mesh, world.rank, groups=groups, like=like, timeout_s=timeout_s, formats=formats
+        )
+        self._reports = Reports(self._comm)
         self._bounds = stage_bounds(
             layers, chunked, num_stages=parallel.total_stages, sizes=parallel.layers_per_stage
         )
@@ -115,14 +149,18 @@ class PipelineRun:
             virtual_stages=parallel.virtual_stages,
             period=config.history.period,
             cross_chunk_gradient=config.history.cross_chunk_gradient,
+            task=configured_task(config, chunked),
         )
+        assert plan.task is not None
+        self.task: Task = plan.task
         self.engine = build_engine(chunked, layers, plan=plan, comm=self._comm, like=like)
         self._stages = [stage for _, stage in sorted(self.engine.stages.items())]
+        world.answer(lambda: self._comm.action)
         self.table_bytes = sum(t.num_bytes for stage in self._stages for t in stage.tables)
         parameters = [p for stage in self._stages for p in stage.parameters]
         # foreach would fuse parameters across layers, and so depend on the cut.
         self._optimizer = torch.optim.Adam(
-            parameters,
+            [{"params": parameters}],  # A group may be empty; a stage of hops has no weights.
             lr=config.training.lr,
             weight_decay=config.training.weight_decay,
             foreach=False,
@@ -137,9 +175,15 @@ class PipelineRun:
         """Takes one optimizer step; returns this rank's part of the loss."""
         config = self._config
         order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
+        recorder = self._comm.recorder
+        recorder.start()
+        self._comm.wait_s.clear()  # What was waited for between epochs is no part of one.
         self._optimizer.zero_grad()
         loss = self.engine.train_step(epoch, order, is_measured=is_measured)
+        start_s = time.perf_counter()
         self._optimizer.step()
+        recorder.step(start_s=start_s, end_s=time.perf_counter())
+        self._reports.take(recorder.stop())
         return loss
 
     def staleness(self) -> list[float]:
@@ -148,7 +192,7 @@ class PipelineRun:
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
-        return accuracies(self.engine.evaluate())
+        return self.task.figures(self.engine.evaluate())
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights by name, on rank 0; way 0 of every other stage rank sends its own there."""
@@ -161,14 +205,16 @@ class PipelineRun:
             ]
             for stage_rank in range(mesh.num_stages)
         ]
+        counts = [sum(t.numel() for t in named_state(layers).values()) for layers in held]
         sizes = [
-            (mesh.rank_of(stage_rank, 0), sum(t.numel() for t in named_state(layers).values()))
-            for stage_rank, layers in enumerate(held)
+            (mesh.rank_of(stage_rank, 0), count)
+            for stage_rank, count in enumerate(counts)
+            if count
         ]
-        own = [
-            (local.layer_index, local.layer) for stage in self._stages for local in stage.layers
-        ]
-        flat = torch.cat([tensor.flatten() for tensor in named_state(own).values()])
+        own = [(local.layer_index, local.layer) for local in self._local]
+        tensors = [tensor.flatten() for tensor in named_state(own).values()]
+        flat = torch.cat(tensors) if tensors else None
+        self._reports.flush()
         parts = self._comm.collect_flat(flat, sizes)
         if self.rank != 0:
             return None
@@ -186,14 +232,51 @@ class PipelineRun:
         return usage
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Every rank's ``values``, on rank 0."""
-        return self._comm.gather_at_first(values)
+        """Every rank's ``values``, on rank 0; the others do not wait for it."""
+        return self._reports.send(values)
+
+    def transfer_s(self) -> list[float]:
+        """How long each rank waited for messages on their way, on rank 0, ``[ranks]``."""
+        return self._reports.trace.transfer_s()
+
+    def write_trace(self, path: Path) -> None:
+        """Writes the last epochs of all ranks, on rank 0."""
+        self._reports.trace.write(path)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of every rank's ``values``, on every rank."""
+        return self._comm.sum_over_ranks(values)
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites this rank's weights."""
-        load_state(
-            [(o.layer_index, o.layer) for stage in self._stages for o in stage.layers], tensors
-        )
+        load_state([(local.layer_index, local.layer) for local in self._local], tensors)
+
+    def state(self, *, histories: bool) -> dict[str, Tensor]:
+        """What this rank adds to a checkpoint: way 0 the model, each way its own rows."""
+        tensors = history_state(self._local) if histories else {}
+        if self._comm.mesh.way(self.rank) == 0:
+            layers = [(local.layer_index, local.layer) for local in self._local]
+            tensors |= model_state(layers, self._optimizer)
+        return tensors
+
+    def restore(self, shards: Shards) -> None:
+        """Takes its part of a checkpoint; computes the histories anew if it holds none."""
+        layers = [(local.layer_index, local.layer) for local in self._local]
+        load_model_state(layers, self._optimizer, shards)
+        if not shards.names("history."):
+            self.engine.infer(into_tables=True)
+        for local in self._local if shards.names("history.") else []:
+            if local.table is not None:
+                self._comm.during(f"restoring layer {local.layer_index}")
+                load_history(local, shards)
+                # Own rows -> the ways that mirror them.
+                self._comm.pull(local.table.values, local.cells.whole.in_exchanges)()
+                local.table.warm()
+        self.usage()  # No epoch's business.
+
+    @property
+    def _local(self) -> list[LocalLayer]:
+        return [local for stage in self._stages for local in stage.layers]
 
 
 class ReferenceRun:
@@ -210,12 +293,14 @@ class ReferenceRun:
             for index, layer in enumerate(model_layers(config, graph))
         ]
         self.num_parameters = sum(p.numel() for layer in self.layers for p in layer.parameters())
+        self.task = configured_task(config, graph)
         self.reference = Reference(
             graph,
             self.layers,
             seed=config.seed,
             lr=config.training.lr,
             weight_decay=config.training.weight_decay,
+            task=self.task,
         )
 
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
@@ -241,30 +326,29 @@ class ReferenceRun:
         """The one rank's ``values``."""
         return [values]
 
+    def transfer_s(self) -> list[float]:
+        """Nothing travels."""
+        return [0.0]
 
-def named_state(layers: Sequence[tuple[int, Layer]]) -> dict[str, Tensor]:
-    """Weights as files name them, ``layers.{index}.{parameter}``."""
-    return {
-        f"layers.{index}.{name}": tensor
-        for index, layer in layers
-        for name, tensor in layer.state_dict().items()
-    }
+    def write_trace(self, path: Path) -> None:
+        """There is nothing to show."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The one rank's ``values``."""
+        return values
+
+    def state(self, *, histories: bool) -> dict[str, Tensor]:
+        """The model; nothing is historical."""
+        return model_state(list(enumerate(self.layers)), self.reference.optimizer)
+
+    def restore(self, shards: Shards) -> None:
+        """Takes the model out of a checkpoint."""
+        load_model_state(list(enumerate(self.layers)), self.reference.optimizer, shards)
 
 
-def load_state(layers: Sequence[tuple[int, Layer]], tensors: Mapping[str, Tensor]) -> None:
-    """Overwrites weights with those of the same names."""
-    with torch.no_grad():
-        for name, tensor in named_state(layers).items():
-            tensor.copy_(tensors[name])
-
-
-def check_task(graph: Graph) -> None:
-    """Checks that the labels are what the loss can use."""
-    if graph.labels.ndim != 1:
-        raise UserError(
-            f"`labels` (of shape {list(graph.labels.shape)}) must be one class per node; "
-            "several labels per node are not supported yet, choose one column"
-        )
+def configured_task(config: Config, graph: Labelled) -> Task:
+    """The task that the configuration names, on the labels that the graph has."""
+    return make_task(config.task.kind, graph, class_weight=config.task.class_weight)
 
 
 def _split(flat: Tensor, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ carried tensors add up layer by layer and chunk by chunk in one order, wherever 
 layers is cut, and losses do not depend on the number of stages by a single bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Reader, Table
 from gnnpipe.kernels import SparseRows, dropout_edges, dropout_rows
-from gnnpipe.models.layer import Layer, Rows
+from gnnpipe.models.layer import EdgeValue, Layer, Rows
 
 
 class Flow(NamedTuple):
@@ -76,6 +76,13 @@ class View:
         assert edges is not None
         ids = (edges.source_id, edges.target_id)
         return dropout_edges(alpha, *ids, p=p, key=key)
+
+    def edge_values(self, name: EdgeValue) -> Tensor | None:
+        assert self._cell.edges is not None
+        return self._cell.edges.values.get(name)
+
+    def foreign_seed(self) -> int | None:
+        return None if self._key is None else stream_key(*self._key, *self._cell.place)
 
     def carry(self, name: str, value: Tensor) -> None:
         self.handed_on[name] = value
@@ -169,26 +176,38 @@ class Stage:
         self._records[chunk_index] = records
         return Flow(x, carried)
 
-    def backward(self, chunk_index: int, gradient: Flow) -> Flow:
+    def backward(
+        self,
+        chunk_index: int,
+        gradient: Flow,
+        *,
+        layer_done: Callable[[LocalLayer], None] | None = None,
+    ) -> Flow:
         """Adds the chunk's parameter gradients; returns the gradient of the forward's input.
 
         Args:
             chunk_index: a chunk whose forward has run.
             gradient: of the forward's result; carried tensors without a reader are missing.
+            layer_done: called after each layer's backward, last layer first.
         """
         dx, carried = gradient.x, dict(gradient.carried)
-        for record in reversed(self._records.pop(chunk_index)):
+        records = self._records.pop(chunk_index)
+        for local, record in zip(reversed(self.layers), reversed(records), strict=True):
             assert isinstance(dx, Tensor)
             roots, grads = [record.out], [dx]
             for name, value in record.handed_on.items():
                 if name in carried:
                     roots.append(value)
                     grads.append(carried.pop(name))
-            torch.autograd.backward(roots, grads)
+            pairs = [p for p in zip(roots, grads, strict=True) if p[0].requires_grad]
+            if pairs:  # Not below a first layer without weights.
+                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
             for name, leaf in record.carried.items():
                 assert leaf.grad is not None
                 carried[name] = carried[name] + leaf.grad if name in carried else leaf.grad
             dx = _gradient(record.x)
+            if layer_done is not None:
+                layer_done(local)
         return Flow(dx, carried)
 
     @torch.no_grad()
@@ -230,5 +249,6 @@ def _leaf(x: Tensor | SparseRows) -> Tensor:
 
 def _gradient(x: Tensor | SparseRows) -> Tensor:
     """The gradient of a leaf; input features have none, ``[0]``."""
-    is_leaf = isinstance(x, Tensor) and x.grad is not None
-    return x.grad if is_leaf else torch.empty(0)  # type: ignore[union-attr,return-value]
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return torch.empty(0)
+    return torch.zeros_like(x) if x.grad is None else x.grad

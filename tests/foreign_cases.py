@@ -178,12 +178,14 @@ def job_config(
     *,
     partition: str | None = None,
     layers_per_stage: list[int] | None = None,
+    kind: str = "auto",
 ) -> Config:
     """Three epochs in four chunks, float64."""
     return from_dict(
         {
             "partition": {"num_chunks": 4, "method": "bfs", "path": partition},
             "model": {"dtype": "float64"},
+            "task": {"kind": kind},
             "parallel": {
                 "num_stages": num_stages,
                 "num_ways": num_ways,
@@ -209,3 +211,17 @@ def job_layers() -> list[nn.Module]:
         pyg.APPNP(3, 0.1),
         pyg.TAGConv(H, 3, K=2),
     ]
+
+
+def two_tasks() -> Data:
+    """The same graph with two labels for each node, some not known."""
+    data = job_data()
+    draw = torch.Generator().manual_seed(0)
+    data.y = torch.randint(-1, 2, (data.num_nodes, 2), generator=draw)
+    return data
+
+
+def auc_layers() -> list[nn.Module]:
+    """A small model with two scores."""
+    torch.manual_seed(0)
+    return [nn.Linear(5, H), nn.ReLU(), pyg.SAGEConv(H, H), nn.Linear(H, 2)]

@@ -13,3 +13,14 @@ def train_job(num_stages: int, num_ways: int, directory: str, partition: str) ->
 
     config = job_config(num_stages, num_ways, directory, partition=partition)
     Trainer(config, graph=job_data(), layers=job_layers()).fit()
+
+
+def auc_job(num_stages: int, num_ways: int, directory: str, partition: str) -> None:
+    """Trains two tasks that are judged by their ROC-AUC."""
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
+    from foreign_cases import auc_layers, job_config, two_tasks
+
+    config = job_config(
+        num_stages, num_ways, directory, partition=partition, kind="multi_task_auc"
+    )
+    Trainer(config, graph=two_tasks(), layers=auc_layers()).fit()

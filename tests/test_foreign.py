@@ -23,6 +23,7 @@ from foreign_cases import (
     job_data,
     modules,
     plain_losses,
+    two_tasks,
 )
 from one_process import losses, pipeline, settings, striped, weights_of
 from process_pool import Job, ProcessPool
@@ -257,6 +258,30 @@ def test_trainer_takes_modules_and_pyg_data_over_stages_and_ways(
     assert runs["1x1"].losses == runs["3x1"].losses
     assert runs["1x2"].losses == runs["2x2"].losses
     assert runs["1x1"].losses == pytest.approx(runs["1x2"].losses, rel=0, abs=1e-9)
+
+
+def test_roc_auc_is_that_of_all_ways_together(pool: ProcessPool, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    save_partition(graph_from_pyg(two_tasks()), cut, num_chunks=4, num_ways=2)
+    table = {"1x1": (1, 1), "2x2": (2, 2)}
+    jobs = [
+        Job(
+            "foreign_job:auc_job",
+            stages * ways,
+            {
+                "num_stages": stages,
+                "num_ways": ways,
+                "directory": str(tmp_path / name),
+                "partition": str(cut),
+            },
+        )
+        for name, (stages, ways) in table.items()
+    ]
+    pool.run(jobs, timeout_s=120)
+    one, four = (read_run(tmp_path / name) for name in table)
+    assert one.summary["metric"] == "roc_auc"
+    assert four.accuracy[-1] == pytest.approx(one.accuracy[-1], rel=0, abs=1e-9)
+    assert 0 < one.accuracy[-1]["val"] < 1
 
 
 def test_a_list_that_does_not_fit_the_task_or_the_stages_is_refused(tmp_path: Path) -> None:

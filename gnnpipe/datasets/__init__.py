@@ -7,6 +7,7 @@ from pathlib import Path
 from gnnpipe.datasets.digits import digits
 from gnnpipe.datasets.features import choose_features, normalise_rows
 from gnnpipe.datasets.npz import load_npz
+from gnnpipe.datasets.ogb import OGB_NAMES, read_ogb
 from gnnpipe.datasets.planetoid import PLANETOID_NAMES, planetoid
 from gnnpipe.datasets.pyg import from_pyg, load_pt
 from gnnpipe.errors import UserError
@@ -14,7 +15,7 @@ from gnnpipe.graph import Graph
 
 __all__ = ["NAMES", "from_pyg", "load_graph"]
 
-NAMES = ("digits", *PLANETOID_NAMES)
+NAMES = ("digits", *PLANETOID_NAMES, *OGB_NAMES)
 FILE_READERS = {".npz": load_npz, ".pt": load_pt}
 UNDIRECTED = {"auto": False, "false": False, "true": True}
 
@@ -32,13 +33,15 @@ def load_graph(  # the fields of the `data` section, and its seed
     """Reads a data set.
 
     Args:
-        name: ``digits``; ``cora``, ``citeseer``, ``pubmed``; or a path that ends in ``.npz`` or
-            ``.pt`` (a PyG ``Data``).
-        root: folder of the Planetoid files, see :func:`gnnpipe.datasets.planetoid.planetoid`; the
-            folder that a relative path starts from.
+        name: ``digits``; ``cora``, ``citeseer``, ``pubmed``; ``ogbn-arxiv``, ``-products``,
+            ``-proteins``, ``-papers100M``, ``-mag``; or a path that ends in ``.npz`` or ``.pt``
+            (a PyG ``Data``).
+        root: folder of the Planetoid or OGB files, see
+            :func:`gnnpipe.datasets.planetoid.planetoid` and :func:`gnnpipe.datasets.ogb.read_ogb`;
+            the folder that a relative path starts from.
         split: ``public`` is the data set's own; Planetoid also has ``full`` and ``random``.
-        undirected: True adds the reverse of each edge, False and ``auto`` keep the data's own
-            directions.
+        undirected: True adds the reverse of each edge, False keeps the data's own directions;
+            so does ``auto``, except of ogbn-arxiv, whose models read citations both ways.
         features: ``auto`` keeps the data's own; ``surrogate`` and ``degree`` make them from the
             graph and say so in ``features_note``.
         row_normalize: divide each node's features by the sum of their magnitudes.
@@ -51,7 +54,8 @@ def load_graph(  # the fields of the `data` section, and its seed
     if symmetrise is None:
         raise UserError(f"`data.undirected` (={undirected}) must be one of auto, true, false")
     graph = _read(name, root=root, split=split, seed=seed)
-    if symmetrise:
+    is_usual = name.lower() == "ogbn-arxiv" and str(undirected).lower() == "auto"
+    if symmetrise or is_usual:
         graph = graph.symmetrised()
     graph = choose_features(graph, features, seed=seed)
     if row_normalize:
@@ -70,6 +74,8 @@ def _read(name: str, *, root: str | None, split: str, seed: int) -> Graph:
         )
     if name.lower() == "digits":
         return digits(seed=seed)
+    if name.lower() in OGB_NAMES:
+        return read_ogb(name.lower(), root=root)
     path = Path(root or "", name).expanduser()
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
