@@ -8,9 +8,6 @@ from gnnpipe.models.convolution import Convolution, glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView
 
-NEGATIVE_SLOPE = 0.2
-
-
 class GATLayer(Convolution):
     """Velickovic et al., "Graph attention networks".
 
@@ -52,28 +49,25 @@ class GATLayer(Convolution):
     def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
         """Weighs the gathered rows by attention and adds them up."""
         z: Tensor = self.lin(x)  # [num_rows, heads * C]
-        gathered, edge_index = graph.gather(z)
-        source, target = edge_index.unbind()
-        shape = (-1, self.heads, self.out_channels // self.heads)
-        z_src = gathered.view(shape)  # [num_src, heads, C]
-        alpha = self._attention(z_src, z.view(shape), source, target)
-        alpha = graph.edge_dropout(alpha, self.dropout)
-        messages = alpha.unsqueeze(2) * z_src.index_select(0, source)  # [E, heads, C]
-        total = torch.zeros_like(z).index_add(0, target, messages.flatten(1))
-        return total + self.bias
+        z_src, _ = graph.gather(z)  # [num_src, heads * C]
+        logits = z_src @ self._columns(self.att_src), z @ self._columns(self.att_dst)
+        return graph.attend(z_src, logits, self.dropout) + self.bias
 
-    def _attention(self, z_src: Tensor, z_dst: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        logit_src = (z_src * self.att_src).sum(2)  # [num_src, heads]
-        logit_dst = (z_dst * self.att_dst).sum(2)  # [num_rows, heads]
-        logit = logit_src.index_select(0, source) + logit_dst.index_select(0, target)
-        logit = nn.functional.leaky_relu(logit, NEGATIVE_SLOPE)  # [E, heads]
-        return edge_softmax(logit, target, z_dst.shape[0])
+    def _columns(self, att: Tensor) -> Tensor:
+        """Each head's vector as a column over all heads' channels, ``[heads * C, heads]``."""
+        return torch.block_diag(*att.squeeze(0).unbind()).t()
 
     def reset_parameters(self) -> None:
         """Draws the weights by Glorot's rule; the bias starts at zero."""
         for weight in (self.lin.weight, self.att_src, self.att_dst):
             glorot(weight)
         nn.init.zeros_(self.bias)
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """Input, projected and gathered rows, output; messages and attention of every edge."""
+        rows = num_rows * (self.in_channels + 3 * self.out_channels)
+        edges = (num_edges + num_rows) * (self.out_channels + 6 * self.heads)
+        return rows + edges
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product; rows are gathered, weighted and summed edge by edge."""

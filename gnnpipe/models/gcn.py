@@ -25,6 +25,7 @@ class GCNLayer(Convolution):
     def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0) -> None:
         super().__init__(in_channels, out_channels, dropout=dropout)
         self.table_channels = min(in_channels, out_channels)
+        self.aggregates_input = out_channels >= in_channels
         self.lin = nn.Linear(in_channels, out_channels, bias=False)
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.reset_parameters()
@@ -33,13 +34,17 @@ class GCNLayer(Convolution):
         """Multiplies with the weight before or after the sum, whichever is narrower there."""
         if self.out_channels < self.in_channels:
             return graph.aggregate(self.lin(x)) + self.bias
-        h: Tensor = self.lin(graph.aggregate(x)) + self.bias
+        h: Tensor = nn.functional.linear(graph.aggregate(x), self.lin.weight, self.bias)
         return h
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule; the bias starts at zero."""
         glorot(self.lin.weight)
         nn.init.zeros_(self.bias)
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The input of the product and the output."""
+        return num_rows * (self.in_channels + self.out_channels)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product and one sum over the edges."""

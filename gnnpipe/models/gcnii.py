@@ -30,6 +30,7 @@ class GCNIILayer(Convolution):
     """
 
     operator = "gcn"
+    aggregates_input = True
     reads = ("h0",)
 
     def __init__(
@@ -50,12 +51,18 @@ class GCNIILayer(Convolution):
 
     def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
         """Mixes the normalised sum with ``h0`` and, a little, with its transformed self."""
-        s = (1.0 - self.alpha) * graph.aggregate(x) + self.alpha * graph.carried("h0")
-        return torch.addmm(s, s, self.weight1, beta=1.0 - self.beta, alpha=self.beta)
+        s = graph.aggregate(x).lerp_(graph.carried("h0"), self.alpha)  # [num_rows, channels]
+        # (1 - beta) s + beta s W as one product: the identity goes into the small matrix.
+        identity = torch.eye(self.in_channels, dtype=s.dtype, device=s.device)
+        return s @ torch.lerp(identity, self.weight1, self.beta)
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule."""
         glorot(self.weight1)
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The mixed sum and the output."""
+        return num_rows * 2 * self.out_channels
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product and one sum over the edges."""

@@ -22,6 +22,7 @@ class GINLayer(Convolution):
     """
 
     operator = "sum"
+    aggregates_input = True
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class GINLayer(Convolution):
     def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
         """Transforms the sum of the neighbours and the row."""
         own = x if self.eps is None else (1.0 + self.eps) * x
-        h: Tensor = self.second(self.first(graph.aggregate(x) + own).relu())
+        h: Tensor = self.second(graph.relu(self.first(graph.aggregate(x) + own)))
         return h
 
     def reset_parameters(self) -> None:
@@ -49,6 +50,10 @@ class GINLayer(Convolution):
         self.second.reset_parameters()
         if self.eps is not None:
             nn.init.zeros_(self.eps)
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The input of each product and the output."""
+        return num_rows * (self.in_channels + 2 * self.out_channels)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """Two dense products and one sum over the edges."""

@@ -39,7 +39,7 @@ class InputLayer(Layer):
     def forward(self, x: Rows, graph: GraphView) -> Tensor:
         """Maps ``[num_rows, in_channels]``, dense or sparse, to ``[num_rows, out_channels]``."""
         x = graph.dropout(x, self.dropout)
-        h = linear(x, self.lin.weight, self.lin.bias).relu()  # [num_rows, out_channels]
+        h = graph.relu(linear(x, self.lin.weight, self.lin.bias))  # [num_rows, out_channels]
         for name in self.writes:
             graph.carry(name, h)
         return h
@@ -47,6 +47,10 @@ class InputLayer(Layer):
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
         self.lin.reset_parameters()
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The dropped-out features and the output."""
+        return num_rows * (round(self.row_entries) + self.out_channels)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product, or one over the stored entries."""
@@ -76,6 +80,10 @@ class OutputLayer(Layer):
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
         self.lin.reset_parameters()
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The input of the product and the scores."""
+        return num_rows * (self.in_channels + self.out_channels)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product."""

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from gnnpipe.kernels import SparseRows
 
+NEGATIVE_SLOPE = 0.2
+"""Slope of attention's leaky ReLU below zero."""
+
 Rows = TypeVar("Rows", Tensor, SparseRows)
 Operator = Literal[
     "none",
@@ -39,7 +42,8 @@ class GraphView(Protocol):
                 other chunks read, and next epoch's historical ones.
 
         Returns:
-            The weighted sums over the in-neighbours, ``[num_rows, F]``.
+            The weighted sums over the in-neighbours, ``[num_rows, F]``. Their gradient takes
+            their place in memory: nothing may read them once it is known.
         """
         ...
 
@@ -61,6 +65,26 @@ class GraphView(Protocol):
 
     def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
         """The same for values on the edges of ``gather``, ``[E, heads]``."""
+        ...
+
+    def relu(self, x: Tensor) -> Tensor:
+        """``max(x, 0)`` of a result that nothing else needs: it may be overwritten."""
+        ...
+
+    def attend(self, x_src: Tensor, logits: tuple[Tensor, Tensor], p: float) -> Tensor:
+        """Weighs the rows of ``gather`` by attention and adds them up, head by head.
+
+        ``alpha_e = softmax_i(leaky_relu(logit_src[j] + logit_dst[i]))`` over the edges j -> i, and
+        the result is ``sum_e dropout(alpha_e) x_src[j]``.
+
+        Args:
+            x_src: rows of the sources, ``[num_src, heads * C]``.
+            logits: of sources ``[num_src, heads]`` and of targets ``[num_rows, heads]``.
+            p: probability of a zero in alpha, keyed like :meth:`edge_dropout`.
+
+        Returns:
+            ``[num_rows, heads * C]``.
+        """
         ...
 
     def edge_values(self, name: EdgeValue) -> Tensor | None:
@@ -97,6 +121,8 @@ class Layer(nn.Module, ABC):
     """
     table_channels: int = 0
     """Width of the tensor handed to ``aggregate`` or ``gather``; 0 for row-wise layers."""
+    aggregates_input: bool = False
+    """Whether the first tensor dropped out is the one handed to ``aggregate``."""
     reads: tuple[str, ...] = ()
     """Names of the carried tensors that the layer reads."""
     writes: tuple[str, ...] = ()
@@ -119,6 +145,15 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """Estimates the work of one epoch, in floating-point operations."""
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """Estimates what autograd keeps of a forward for its backward: memory in numbers.
+
+        Counted are the output and what products and nonlinearities save, not the input, which
+        is the output of the layer before. By default two rows as wide as the input, one of the
+        table, and the output.
+        """
+        return num_rows * (2 * self.in_channels + self.table_channels + self.out_channels)
 
     def carried_channels(self, name: str) -> int:
         """Width of the carried tensor ``name`` that this layer writes."""

@@ -20,6 +20,7 @@ class ResGCNLayer(Layer):
     """
 
     operator = "mean"
+    aggregates_input = True
 
     def __init__(self, channels: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -43,6 +44,10 @@ class ResGCNLayer(Layer):
         """Draws the convolution's weights; the norm becomes the identity."""
         self.norm.reset_parameters()
         self.conv.reset_parameters()
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The rectified rows, the convolution's inputs, the output, the norm's statistics."""
+        return num_rows * (4 * self.out_channels + 2)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """The convolution; the norm is small beside it."""
@@ -75,6 +80,10 @@ class ResGCNOutputLayer(Layer):
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
         self.norm.reset_parameters()
         self.lin.reset_parameters()
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The rectified rows, the input of the product, the scores, the norm's statistics."""
+        return num_rows * (2 * self.in_channels + self.out_channels + 2)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product."""

@@ -20,6 +20,7 @@ class SAGELayer(Convolution):
     """
 
     operator = "mean"
+    aggregates_input = True
 
     def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0) -> None:
         super().__init__(in_channels, out_channels, dropout=dropout)
@@ -36,6 +37,10 @@ class SAGELayer(Convolution):
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
         self.lin_l.reset_parameters()
         self.lin_r.reset_parameters()
+
+    def kept_numbers(self, num_rows: int, num_edges: int) -> int:
+        """The inputs of both products and the output."""
+        return num_rows * (2 * self.in_channels + self.out_channels)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """Two dense products and one sum over the edges."""

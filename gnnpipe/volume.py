@@ -1,0 +1,79 @@
+"""Bytes that one training epoch sends, by kind, as closed formulas.
+
+The counters of ``comm`` add up what is handed to the network; these formulas say what they must
+find, from the list of layers and a few counts of the partition. With N nodes, b bytes per number,
+and M mirror rows over all ways::
+
+    boundary   2 N b  sum over cuts of the width of the rows that cross
+    carried    2 N b  sum over cuts of the widths that cross on the way to a later layer
+    halo       b (M_in + M_out)  sum over aggregating layers of the table's width
+               2 b M_in          sum over gathering layers of it
+    gradient   2 (W - 1) b  sum of parameters, as a ring moves them
+
+Depth does not enter the first two, the number of chunks enters none.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from gnnpipe.shapes import LayerShape, num_parameters
+
+
+class MirrorCounts(NamedTuple):
+    """Rows that ways mirror of each other, summed over the ways."""
+
+    incoming: int
+    """Distinct (way, source) pairs of edges that cross ways."""
+    outgoing: int
+    """Distinct (way, target) pairs; equal on undirected graphs."""
+
+
+def predict_comm_bytes(
+    layers: Sequence[LayerShape],
+    *,
+    bounds: Sequence[int],
+    is_local_cut: bool,
+    num_nodes: int,
+    num_ways: int,
+    mirrors: MirrorCounts,
+    element_bytes: int,
+) -> dict[str, int]:
+    """Bytes of one epoch over all ranks, by kind.
+
+    Args:
+        layers: the whole model.
+        bounds: first layer of each stage, virtual ones included, and the number of layers.
+        is_local_cut: cuts lie inside one rank (one stage rank), so nothing crosses them.
+        num_nodes: nodes of the graph.
+        num_ways: ways per stage.
+        mirrors: of these ways.
+        element_bytes: bytes of one number.
+    """
+    cuts = [] if is_local_cut else bounds[1:-1]
+    tables = [layer for layer in layers if layer.operator != "none"]
+    halo_rows = sum(
+        layer.table_channels * _rows_per_layer(layer.operator, mirrors) for layer in tables
+    )
+    values = {
+        "boundary": 2 * num_nodes * sum(layers[cut - 1].out_channels for cut in cuts),
+        "carried": 2 * num_nodes * sum(sum(_carried_over(layers, cut)) for cut in cuts),
+        "halo": halo_rows,
+        "gradient": 2 * (num_ways - 1) * num_parameters(layers),
+    }
+    return {kind: count * element_bytes for kind, count in values.items()}
+
+
+def _rows_per_layer(operator: str, mirrors: MirrorCounts) -> int:
+    """Mirror rows that travel in one layer: to the readers, and their gradients."""
+    if operator.startswith("edges"):
+        return 2 * mirrors.incoming
+    return mirrors.incoming + mirrors.outgoing
+
+
+def _carried_over(layers: Sequence[LayerShape], cut: int) -> Iterator[int]:
+    """Widths of the tensors that are written before a cut and read behind it."""
+    wanted = {name for layer in layers[cut:] for name in layer.reads}
+    for name in sorted(wanted):
+        writers = [layer for layer in layers[:cut] if name in layer.writes]
+        if writers:
+            yield writers[-1].carried_channels(name)

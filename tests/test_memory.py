@@ -1,0 +1,100 @@
+"""The closed formula of memory against what tensors really hold."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from drawn import woven
+from one_process import layers_of, pipeline, settings, striped
+from torch import Tensor
+
+from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.runs import PipelineRun
+from gnnpipe.stage import Flow, Stage
+
+NUM_CHUNKS = 4
+NUM_NODES = 400
+AGGREGATING = ["gcn", "sage", "gin", "gcnii", "resgcn+"]
+
+
+def built(name: str, **changes: Any) -> PipelineRun:
+    graph = woven(NUM_NODES)
+    config = settings(name, hidden_channels=64, num_layers=6, dtype="float32", **changes)
+    return pipeline(graph, config, striped(graph, NUM_CHUNKS))
+
+
+def predicted(run: PipelineRun, *, period: int = 1) -> MemoryBytes:
+    sizes = (NUM_NODES, 0, 0, 6 * NUM_NODES)
+    return predict_memory_bytes(
+        [local.layer for local in layers_of(run)],
+        is_first=True,
+        is_pipelined=False,
+        way=WayCounts(*sizes, is_symmetric=True, largest_chunk=NUM_NODES // NUM_CHUNKS),
+        features=FeatureCounts(5, None),
+        num_chunks=NUM_CHUNKS,
+        period=period,
+        element_bytes=4,
+    )
+
+
+@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("name", [*AGGREGATING, "gat"])
+def test_tables_are_predicted(name: str, period: int) -> None:
+    run = built(name, period=period)
+    assert predicted(run, period=period).tables == pytest.approx(run.table_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_activations_are_never_more_than_predicted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(name)
+    found: list[int] = []
+
+    def backward(stage: Stage, *arguments: Any, **options: Any) -> Flow:
+        if not found:  # The forward of all chunks has run, no backward has.
+            found.append(live_bytes() - before)
+        return original(stage, *arguments, **options)
+
+    original = Stage.backward
+    monkeypatch.setattr(Stage, "backward", backward)
+    before = live_bytes()
+    run.train_epoch(1)
+    assert 0 < found[0] < 1.1 * predicted(run).activations
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that some tensor holds."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def test_features_and_messages_are_held_where_they_are_needed() -> None:
+    run = built("gcn")
+    layers = [local.layer for local in layers_of(run)]
+    way = WayCounts(100, 20, 10, 500, is_symmetric=False, largest_chunk=30)
+
+    def of(*, is_first: bool, is_pipelined: bool, entries: int | None) -> MemoryBytes:
+        return predict_memory_bytes(
+            layers,
+            is_first=is_first,
+            is_pipelined=is_pipelined,
+            way=way,
+            features=FeatureCounts(1000, entries),
+            num_chunks=4,
+            period=1,
+            element_bytes=4,
+        )
+
+    alone = of(is_first=True, is_pipelined=False, entries=None)
+    assert alone.features == 100 * 1000 * (4 + 4)
+    assert alone.messages == 0
+    assert of(is_first=True, is_pipelined=False, entries=300).features < alone.features / 10
+    last = of(is_first=False, is_pipelined=True, entries=None)
+    assert last.features == 0
+    assert last.messages == 4 * 30 * 64 * 4
+    assert alone.tables == 4 * 6 * 64 * (120 + 110)
+    assert alone.total == sum(alone)
