@@ -224,7 +224,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 MISTAKES = [
     ("", "arguments are required: COMMAND; see `python -m launch --help`"),
-    ("ray c.yaml", "invalid choice: 'ray'"),
+    ("spark c.yaml", "invalid choice: 'spark'"),
     ("local c.yaml", "arguments are required: --nproc; see `python -m launch local --help`"),
     ("local --nproc 2", "arguments are required: CONFIG.yaml"),
     ("local --nproc two c.yaml", "invalid int value: 'two'"),

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# torchrun on several hosts: run this on every one of them, with the same arguments.
+#
+#   HEAD_HOST=host-0 NNODES=2 RANKS_PER_NODE=4 launch/examples/multi_host.sh config.yaml ...
+#
+# A rank that fails starts all ranks again, on all hosts, from the newest checkpoint in run.dir,
+# which every host must see. NETWORK_INTERFACE chooses the network for gloo and NCCL.
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "usage: HEAD_HOST=... NNODES=... RANKS_PER_NODE=... $0 CONFIG.yaml [key.sub=value ...]" >&2
+    exit 2
+fi
+: "${HEAD_HOST:?name or address of one of the hosts}" "${NNODES:?number of hosts}"
+if [ -n "${NETWORK_INTERFACE:-}" ]; then
+    export GLOO_SOCKET_IFNAME="$NETWORK_INTERFACE" NCCL_SOCKET_IFNAME="$NETWORK_INTERFACE"
+fi
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes "$NNODES" \
+    --nproc_per_node "${RANKS_PER_NODE:-1}" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "$HEAD_HOST:${PORT:-29400}" \
+    --rdzv-id "${RUN_ID:-${SLURM_JOB_ID:-gnnpipe}}" \
+    --max-restarts "${MAX_RESTARTS:-3}" \
+    -m gnnpipe train "$@"

@@ -1,0 +1,110 @@
+"""The Ray launcher: what it settles before Ray starts, and one job from end to end."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from resuming import losses, ring_run, train_on, write_ring
+
+from gnnpipe.config import load_config
+from gnnpipe.environment import child_environment
+from gnnpipe.errors import UserError
+from launch.__main__ import main
+
+TIMEOUT_S = 280
+
+
+def test_a_job_has_the_losses_of_one_process_and_shows_its_progress(tmp_path: Path) -> None:
+    write_ring(tmp_path)
+    train_on(ring_run(tmp_path, tmp_path / "whole"))
+    relative = [
+        word.replace(f"{tmp_path}/", "") for word in ring_run(tmp_path, tmp_path / "ray", LOG)
+    ]
+    command = [sys.executable, "-P", "-m", "launch", "ray", *relative, "parallel.num_stages=2"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=child_environment({"OMP_NUM_THREADS": "1"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, error = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, error
+    assert losses(tmp_path / "ray") == losses(tmp_path / "whole")
+    assert [line for line in error.splitlines() if line.startswith("epoch ")][-1].startswith(
+        "epoch 8"
+    )
+    assert out.startswith("best   epoch")
+
+
+LOG = "run.log_every=2"
+
+
+def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.cluster import with_absolute_paths
+
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "data.name=a.npz",
+        "data.root=raw",
+        "partition.path=cut",
+        "partition.method=file",
+        "partition.file=ids.npy",
+        "checkpoint.resume=runs/old",
+        "run.dir=runs/new",
+    ]
+    config = with_absolute_paths(load_config(None, given))
+    paths = [config.data.name, config.data.root, config.partition.path, config.partition.file]
+    assert paths == [str(tmp_path / name) for name in ("a.npz", "raw", "cut", "ids.npy")]
+    assert config.checkpoint.resume == str(tmp_path / "runs/old")
+    assert config.run.dir == str(tmp_path / "runs/new")
+    plain = with_absolute_paths(load_config(None, []))
+    assert (plain.data.name, plain.checkpoint.resume) == ("digits", "auto")
+
+
+def test_a_cluster_that_is_too_small_is_refused() -> None:
+    from launch.cluster import check_capacity
+
+    check_capacity({"CPU": 4.0}, {"CPU": 2.0}, 2)
+    with pytest.raises(UserError, match=r"must have 6 CPU \(=4\) for 3 ranks; add hosts, use few"):
+        check_capacity({"CPU": 4.0}, {"CPU": 2.0}, 3)
+    with pytest.raises(UserError, match=r"must have 2 GPU \(=0\) for 2 ranks"):
+        check_capacity({"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}, 2)
+
+
+def test_only_ranks_that_failed_by_themselves_are_shown() -> None:
+    from launch.cluster import failure_lines
+
+    cause, effect = RuntimeError("boom\nthere"), RuntimeError("PeerError: rank 1 failed")
+    assert failure_lines({0: effect, 1: cause}) == ["[rank 1] boom", "[rank 1] there"]
+    assert failure_lines({0: effect}) == ["[rank 0] PeerError: rank 1 failed"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ray", "arguments are required: CONFIG.yaml"),
+        ("ray --max-restarts -2 seed=1", "`--max-restarts` (=-2) must be at least -1"),
+        ("ray --cpus-per-rank 0 seed=1", "`--cpus-per-rank` (=0.0) above 0"),
+        ("ray model.depth=3", "`model.depth` is not a known key"),
+        ("ray data.name=x.npz", "`data.name` (=x.npz) must be a file"),
+    ],
+)
+def test_mistakes_are_told_before_ray_loads(
+    line: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "launch.cluster", None)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error

@@ -1,0 +1,109 @@
+"""Real processes that are killed, stopped and restarted: every run ends, and ends the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from resuming import EPOCHS, losses, ring_run, train_on, write_ring
+
+from gnnpipe.environment import child_environment
+
+pytestmark = pytest.mark.timeout(250)
+
+TIMEOUT_S = 200
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph, and what an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("ring")
+    write_ring(folder)
+    train_on(ring_run(folder, folder / "whole", f"training.epochs={20 * EPOCHS}"))
+    return folder
+
+
+@contextmanager
+def launched(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """``python -m launch local`` with two ranks; ended with the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "launch", "local", "--nproc", "2", *arguments],
+        env=child_environment({"OMP_NUM_THREADS": "1"}),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def long_run(ring: Path, directory: Path, *more: str) -> list[str]:
+    """More epochs than a test waits for before it disturbs the run."""
+    epochs = f"training.epochs={20 * EPOCHS}"
+    return [*ring_run(ring, directory, "parallel.num_stages=2", epochs, *more)]
+
+
+def wait_for_epochs(directory: Path, number: int) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    path = directory / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline_s, "the run did not get on"
+        time.sleep(0.002)
+
+
+def pid_of(rank: int, parent: int) -> int:
+    """Process id of a rank that the launcher has started."""
+    for path in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        variables = Path(f"/proc/{path}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in variables:
+            return int(path)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def test_a_killed_rank_restarts_the_run_from_its_newest_checkpoint(
+    ring: Path, tmp_path: Path
+) -> None:
+    with launched("--max-restarts", "1", *long_run(ring, tmp_path)) as process:
+        wait_for_epochs(tmp_path, 7)
+        os.kill(pid_of(1, process.pid), signal.SIGKILL)
+        _, error = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, error
+    assert "launch: rank 1 was killed by SIGKILL\nlaunch: restart 1 of 1\n" in error
+    assert "going on after epoch " in error
+    assert losses(tmp_path) == losses(ring / "whole")
+
+
+def test_sigterm_leaves_a_checkpoint_and_status_0(ring: Path, tmp_path: Path) -> None:
+    run = long_run(ring, tmp_path, "checkpoint.every=100000")
+    with launched(*run) as process:
+        wait_for_epochs(tmp_path, 3)
+        process.terminate()
+        _, error = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, error
+    assert "stopped by SIGTERM after epoch " in error
+    done = len(losses(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"epoch-{done:06d}"]
+    train_on([*run, "parallel.num_stages=1"])
+    assert losses(tmp_path) == losses(ring / "whole")
+
+
+def test_a_rank_that_says_nothing_is_named_within_the_timeout(ring: Path, tmp_path: Path) -> None:
+    with launched(*long_run(ring, tmp_path, "run.timeout_s=5")) as process:
+        wait_for_epochs(tmp_path, 3)
+        victim = pid_of(1, process.pid)
+        os.kill(victim, signal.SIGSTOP)
+        started_s = time.monotonic()
+        _, error = process.communicate(timeout=TIMEOUT_S)
+    assert time.monotonic() - started_s < 60
+    assert process.returncode == 1
+    assert "rank 1 does not answer" in error
+    assert "(limit 5 s)" in error
+    assert not Path(f"/proc/{victim}").exists()
