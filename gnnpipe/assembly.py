@@ -154,11 +154,12 @@ def _inputs(
     )
     is_known = labels >= 0 if labels.ndim == 1 else ~labels.isnan().all(dim=1)
     whole = Targets(labels, torch.from_numpy(masks).to(like.device) & is_known)
+    num_rows = graph.num_rows  # a closure over the graph itself would keep its edges alive
     rows = chunked.features[graph.row_id] if needs_features else None
     features = _Features(rows, like)
     return Inputs(
         features=[] if rows is None else [features.rows(a, b) for a, b in bounds],
-        all_features=lambda: features.rows(0, graph.num_rows),
+        all_features=lambda: features.rows(0, num_rows),
         targets=[Targets(whole.labels[a:b], whole.masks[:, a:b]) for a, b in bounds],
         all_targets=whole,
         num_train=task.normaliser(chunked),

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gnnpipe.chunk import ChunkedGraph
+from gnnpipe.degrees import ranges, row_entries, scales
 
 Array = np.ndarray[Any, Any]
 Norm = Literal["sum", "mean", "gcn"]
@@ -89,7 +90,7 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     """
     cell_ptr = _cell_ptr(chunked, num_ways)
     starts, ends = cell_ptr[:-1][way::num_ways], cell_ptr[1:][way::num_ways]
-    row_id = _ranges(starts, ends)
+    row_id = ranges(starts, ends)
     chunk_ptr = np.concatenate(([0], np.cumsum(ends - starts)))
     values = (chunked.edge_attr, chunked.edge_type)
     pulls = _Side(chunked.indptr, chunked.indices, chunked.edge_weight, *values)
@@ -100,8 +101,8 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     outgoing, out_mirrors = (incoming, in_mirrors) if is_symmetric else numbering.localise(pushes)
     in_table = np.concatenate((row_id, in_mirrors.row_id))
     out_table = np.concatenate((row_id, out_mirrors.row_id))
-    gcn, mean = _gcn_scale(chunked), _mean_scale(chunked)
-    sym, laplacian = _sym_scale(chunked), _laplacian_scale(chunked)
+    into = scales(chunked, in_table)
+    out_of = into if is_symmetric else scales(chunked, out_table)
     return WayGraph(
         way=way,
         num_ways=num_ways,
@@ -115,10 +116,10 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
         out_mirrors=out_mirrors,
         in_sends=numbering.sends(outgoing, out_mirrors),
         out_sends=numbering.sends(incoming, in_mirrors),
-        gcn_scale=(gcn[in_table], gcn[out_table]),
-        mean_scale=(mean[in_table], mean[out_table]),
-        sym_scale=(sym[in_table], sym[out_table]),
-        laplacian_scale=(laplacian[in_table], laplacian[out_table]),
+        gcn_scale=(into.gcn, out_of.gcn),
+        mean_scale=(into.mean, out_of.mean),
+        sym_scale=(into.sym, out_of.sym),
+        laplacian_scale=(into.laplacian, out_of.laplacian),
     )
 
 
@@ -153,7 +154,7 @@ class _Numbering(NamedTuple):
 
     def localise(self, side: _Side) -> tuple[Adjacency, Mirrors]:
         """Takes the own rows of one side and renumbers their columns."""
-        indptr, entries = _row_entries(side.indptr, self.row_id)
+        indptr, entries = row_entries(side.indptr, self.row_id)
         column_id = np.asarray(side.indices[entries]).astype(np.int64)
         is_own = self.way_of(column_id) == self.way
         mirror_id = np.unique(column_id[~is_own])
@@ -222,64 +223,3 @@ def without_self_loops(adjacency: Adjacency) -> Adjacency:
     weight = None if adjacency.weight is None else adjacency.weight[is_kept]
     indptr = np.concatenate(([0], np.cumsum(count)))
     return Adjacency(indptr, adjacency.indices[is_kept], weight)
-
-
-def _ranges(starts: Array, ends: Array) -> Array:
-    """Concatenates the integer ranges ``starts[i]:ends[i]``."""
-    size = ends - starts
-    offset = np.repeat(starts - np.concatenate(([0], np.cumsum(size)[:-1])), size)
-    result: Array = offset + np.arange(int(size.sum()))
-    return result
-
-
-def _row_entries(indptr: Array, row_id: Array) -> tuple[Array, Array]:
-    """The row pointers of some rows, and the positions of their entries."""
-    starts, ends = np.asarray(indptr[row_id]), np.asarray(indptr[row_id + 1])
-    return np.concatenate(([0], np.cumsum(ends - starts))), _ranges(starts, ends)
-
-
-def _mean_scale(chunked: ChunkedGraph) -> Array:
-    degree = np.diff(np.asarray(chunked.indptr))
-    scale: Array = 1.0 / np.maximum(degree, 1)
-    return scale
-
-
-def _sym_scale(chunked: ChunkedGraph) -> Array:
-    """``degree^-1/2`` of every node; the degree sums its in-edge weights."""
-    row, _, entry = _entries(chunked)
-    return _inverse_root(np.bincount(row, weights=entry, minlength=chunked.num_nodes))
-
-
-def _laplacian_scale(chunked: ChunkedGraph) -> Array:
-    """``degree^-1/2`` of every node; the degree sums its out-edge weights but self-loops'."""
-    row, column, entry = _entries(chunked)
-    is_loop = column == row
-    degree = np.bincount(column[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes)
-    return _inverse_root(degree)
-
-
-def _entries(chunked: ChunkedGraph) -> tuple[Array, Array, Array]:
-    """Target, source and weight of every edge."""
-    indptr: Array = np.asarray(chunked.indptr)
-    row = np.repeat(np.arange(chunked.num_nodes), np.diff(indptr))
-    weight = chunked.edge_weight
-    entry = np.ones(row.size) if weight is None else np.asarray(weight, np.float64)
-    return row, np.asarray(chunked.indices), entry
-
-
-def _inverse_root(degree: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        scale: Array = np.where(degree > 0, degree**-0.5, 0.0)
-    return scale
-
-
-def _gcn_scale(chunked: ChunkedGraph) -> Array:
-    """``degree^-1/2`` of every node; the degree sums in-edge weights and one self-loop."""
-    row, column, entry = _entries(chunked)
-    is_loop = column == row
-    degree: Array = np.bincount(
-        row[~is_loop], weights=entry[~is_loop], minlength=chunked.num_nodes
-    )
-    loop = np.ones(chunked.num_nodes)
-    loop[row[is_loop]] = entry[is_loop]
-    return _inverse_root(degree + loop)
