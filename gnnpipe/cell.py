@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnnpipe.kernels import RowBlock
+from gnnpipe.kernels import EdgeOrder, RowBlock
 from gnnpipe.way import Adjacency, WayGraph, with_self_loops, without_self_loops
 
 Array = np.ndarray[Any, Any]
@@ -41,6 +41,8 @@ class Edges(NamedTuple):
     """Original id of each edge's target, ``[E]``, int64."""
     values: dict[str, Tensor]
     """What the edges have of ``weight [E]``, ``attr [E, D]`` and ``type [E]``."""
+    order: EdgeOrder
+    """The same edges for attention."""
 
 
 class Cell(NamedTuple):
@@ -238,7 +240,9 @@ class _Builder:
         halo_rows, fresh, edges, source_id, target_id = (
             torch.from_numpy(array).to(self.device) for array in arrays
         )
-        return Edges(halo_rows, fresh, edges, source_id, target_id, values)
+        num_rows = end - start
+        order = EdgeOrder(edges, num_sources=num_rows + halo.size, num_targets=num_rows)
+        return Edges(halo_rows, fresh, edges, source_id, target_id, values, order)
 
     def _edge_values(self, entries: slice, column: Array, row: Array) -> dict[str, Tensor]:
         """What the edges carry, in the order of the block; normalised weights where asked."""

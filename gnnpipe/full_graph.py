@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gnnpipe.counter import GOLDEN_64, stream_key
 from gnnpipe.graph import Graph
-from gnnpipe.models.layer import EdgeValue, Operator, Rows
+from gnnpipe.models.gat import edge_softmax
+from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Operator, Rows
 
 _LOW_32 = (1 << 32) - 1
 
@@ -128,6 +130,20 @@ class FullGraphView:
         keys = row_keys(key, *self._full.edge_index(self._operator).unsqueeze(2))  # [E, 1]
         column = torch.arange(alpha.shape[1], device=alpha.device)
         return alpha * dropout_factor(keys, column, p).to(alpha.dtype)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """Plain."""
+        return x.relu()
+
+    def attend(self, x_src: Tensor, logits: tuple[Tensor, Tensor], p: float) -> Tensor:
+        """A message for each edge: softmax, dropout, sum."""
+        source, target = self._full.edge_index(self._operator)
+        logit = functional.leaky_relu(logits[0][source] + logits[1][target], NEGATIVE_SLOPE)
+        num_rows, heads = logits[1].shape
+        alpha = self.edge_dropout(edge_softmax(logit, target, num_rows), p)  # [E, heads]
+        messages = alpha.unsqueeze(2) * x_src.view(x_src.shape[0], heads, -1)[source]
+        total = x_src.new_zeros((num_rows, x_src.shape[1]))
+        return total.index_add(0, target, messages.flatten(1))
 
     def edge_values(self, name: EdgeValue) -> Tensor | None:
         """What the edges of ``gather`` have."""

@@ -44,6 +44,10 @@ class Halo(Protocol):
 class Table:
     """Values and gradients of the tensor that one layer aggregates or gathers.
 
+    A row of ``gradients`` that belongs to an aggregation is used twice: from the forward of its
+    chunk to its backward it holds the aggregated row, which the layer's own backward needs, and
+    from then on that row's gradient, which other chunks read. ``gate`` tells which is which.
+
     Args:
         num_values: own rows and in-mirrors.
         num_gradients: own rows and the mirrors of the backward; 0 for inference.
@@ -57,7 +61,10 @@ class Table:
     ) -> None:
         self.values = like.new_zeros((num_values, channels))
         self.gradients = like.new_zeros((num_gradients, channels))
+        self.gate = like.new_zeros(num_gradients)
+        """Factor of each gradient row for its readers, 0 before it is known."""
         self.drift: Tensor | None = None
+        self._is_zeroed = False
         self._period = period
         self._snapshot = self.values.clone() if period > 1 else None
 
@@ -71,7 +78,8 @@ class Table:
             is_measured: let :attr:`drift` add up, over the own rows, the squared change from
                 historical to fresh and the squared size of the fresh values, ``[2]``, float64.
         """
-        self.gradients.zero_()
+        self.gate.zero_()
+        self._is_zeroed = False
         self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
@@ -85,6 +93,18 @@ class Table:
         """Takes the values as they stand for the first history."""
         if self._snapshot is not None:
             self._snapshot.copy_(self.values)
+
+    def zeroed_gradients(self) -> Tensor:
+        """The gradients of a gather, which are added up: zero at first use in an epoch."""
+        if not self._is_zeroed:
+            self.gradients.zero_()
+            self._is_zeroed = True
+        return self.gradients
+
+    @property
+    def historical(self) -> Tensor:
+        """What the next epoch reads as history, between two epochs."""
+        return self.values if self._snapshot is None else self._snapshot
 
     @property
     def num_bytes(self) -> int:
@@ -113,6 +133,13 @@ class Reader:
         out: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
+    def own_rows(self, x: Tensor) -> Tensor | None:
+        """Where ``x`` may be made in place, so that :meth:`write` need not copy it."""
+        values = self.table.values
+        is_alike = values.dtype == x.dtype and values.shape[1] == x.shape[1]
+        # Measuring the drift needs the old rows beside the new ones.
+        return alias(values, self.cell.rows) if is_alike and self.table.drift is None else None
+
     def write(self, x: Tensor) -> Callable[[], None]:
         """Makes the cell's rows fresh, here and in the mirrors of the other ways.
 
@@ -120,6 +147,8 @@ class Reader:
             Waits until the other ways' rows of the chunk have arrived here.
         """
         rows = self.table.values[self.cell.rows]
+        if is_same_memory(rows, x):
+            return self.halo.pull(self.table.values, self.cell.in_exchanges)
         if self.table.drift is not None:
             squares = (rows - x).square().sum(), x.square().sum()
             self.table.drift += torch.stack(squares).cpu()
@@ -135,32 +164,58 @@ class _Aggregate(torch.autograd.Function):
         ctx.reader = reader
         cell, wait = reader.cell, reader.write(x.detach())
         assert cell.forward is not None
-        return _overlapped(cell.forward, cell.forward_halves, reader.table.values, wait)
+        gradients = reader.table.gradients
+        out = alias(gradients, cell.rows) if gradients.shape[0] else None
+        return _overlapped(cell.forward, cell.forward_halves, reader.table.values, wait, out=out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         reader: Reader = ctx.reader
-        cell, gradients = reader.cell, reader.table.gradients
-        gradients[cell.rows] = grads[0]
-        wait = reader.halo.pull(gradients, cell.out_exchanges)
+        cell, table = reader.cell, reader.table
+        table.gradients[cell.rows] = grads[0]
+        wait = reader.halo.pull(table.gradients, cell.out_exchanges)
+        # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
+        for rows in (cell.rows, cell.out_mirrors):
+            table.gate[rows] = 1.0
         assert cell.backward is not None
-        dx = _overlapped(cell.backward, cell.backward_halves, gradients, wait)
-        # From here on these rows are read by other chunks only. Co-processed cells of the
-        # other ways belong to this chunk: their mirrors were read with factor 1 above.
-        gradients[cell.rows] *= reader.factor
-        gradients[cell.out_mirrors] *= reader.factor
+        gate = None if cell.is_closed else table.gate
+        dx = _overlapped(cell.backward, cell.backward_halves, table.gradients, wait, gate=gate)
+        # From here on these rows are read by other chunks only.
+        for rows in (cell.rows, cell.out_mirrors):
+            table.gate[rows] = reader.factor
         return dx, None
 
 
-def _overlapped(
-    block: RowBlock, halves: Halves, table: Tensor, wait: Callable[[], None]
+def _overlapped(  # one aggregation in two parts
+    block: RowBlock,
+    halves: Halves,
+    table: Tensor,
+    wait: Callable[[], None],
+    *,
+    out: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Aggregates the rows that need no message while the messages travel, then the others."""
-    out = aggregate(block, table, rows=halves.interior)
+    out = aggregate(block, table, out=out, rows=halves.interior, gate=gate)
     wait()
     if halves.boundary.numel():
-        aggregate(block, table, out=out, rows=halves.boundary)
+        aggregate(block, table, out=out, rows=halves.boundary, gate=gate)
     return out
+
+
+def alias(table: Tensor, rows: slice) -> Tensor:
+    """Some rows of a table as a tensor of its own: no view, as far as autograd can tell.
+
+    Other chunks write other rows of the table; a view would count that as changing its own.
+    """
+    part = table[rows]
+    place = part.storage_offset(), part.shape, part.stride()
+    return table.new_empty(0).set_(table.untyped_storage(), *place)
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors are the same numbers in the same place."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
 
 
 class _Gather(torch.autograd.Function):
@@ -176,7 +231,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         reader: Reader = ctx.reader
-        cell, gradients = reader.cell, reader.table.gradients
+        cell, gradients = reader.cell, reader.table.zeroed_gradients()
         edges, num_rows = cell.edges, cell.rows.stop - cell.rows.start
         assert edges is not None
         outside = grads[0][num_rows:]

@@ -7,16 +7,17 @@ layers is cut, and losses do not depend on the number of stages by a single bit.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Reader, Table
-from gnnpipe.kernels import SparseRows, dropout_edges, dropout_rows
-from gnnpipe.models.layer import EdgeValue, Layer, Rows
+from gnnpipe.kernels import EdgeDrop, SparseRows, attend, dropout_edges, dropout_rows, relu
+from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Layer, Rows
 
 
 class Flow(NamedTuple):
@@ -36,6 +37,8 @@ class View:
         reader: of the layer's table; None for row-wise layers.
         carried: tensors that the layer reads.
         key: (seed, epoch, layer index) of dropout; None in evaluation.
+        drops_table: what the first dropout gives is what the layer aggregates, so it may be made
+            in the table.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class View:
         carried: Mapping[str, Tensor],
         *,
         key: tuple[int, int, int] | None,
+        drops_table: bool = False,
     ) -> None:
+        self._drops_table = drops_table
         self._cell = cell
         self._reader = reader
         self._carried = carried
@@ -66,7 +71,21 @@ class View:
         key = self._next_key()
         if key is None or p == 0.0:
             return x
-        return dropout_rows(x, self._cell.node_id, p=p, key=key)
+        if not isinstance(x, Tensor):
+            return dropout_rows(x, self._cell.node_id, p=p, key=key)
+        is_table = self._drops_table and self._num_sites == 1 and self._reader is not None
+        out = self._reader.own_rows(x) if is_table and self._reader is not None else None
+        return dropout_rows(x, self._cell.node_id, p=p, key=key, out=out)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return relu(x)
+
+    def attend(self, x_src: Tensor, logits: tuple[Tensor, Tensor], p: float) -> Tensor:
+        key, edges = self._next_key(), self._cell.edges
+        assert edges is not None
+        ids = (edges.source_id, edges.target_id)
+        drop = None if key is None or p == 0.0 else EdgeDrop(*ids, p, key)
+        return attend(x_src, *logits, order=edges.order, slope=NEGATIVE_SLOPE, drop=drop)
 
     def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
         key = self._next_key()
@@ -100,10 +119,45 @@ class View:
 class _Record(NamedTuple):
     """One layer's graph of one chunk."""
 
-    x: Tensor | SparseRows
-    carried: dict[str, Tensor]
-    out: Tensor
-    handed_on: dict[str, Tensor]
+    x: "_Entry | None"
+    """None where the rows have no gradient: input features."""
+    carried: "dict[str, _Entry]"
+    out: GradientEdge | None
+    handed_on: dict[str, GradientEdge | None]
+
+
+class _Entry:
+    """Where a layer's graph ends: takes the gradient, and does not hold the values.
+
+    Why not a leaf: it would keep the rows until the backward, whether or not anyone needs them.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.grad: Tensor | None = None
+        self._like = value.shape, value.dtype, value.device
+
+    def rows(self, value: Tensor) -> Tensor:
+        """The values, with this end behind them."""
+        handle = value.new_zeros(()).requires_grad_()
+        rows: Tensor = _Enter.apply(handle, value, self)  # type: ignore[no-untyped-call]
+        return rows
+
+    def gradient(self) -> Tensor:
+        """What has arrived; zeros if the layer did not use the rows."""
+        shape, dtype, device = self._like
+        return torch.zeros(shape, dtype=dtype, device=device) if self.grad is None else self.grad
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, value: Tensor, entry: _Entry) -> Tensor:  # Any: torch's
+        ctx.entry = entry
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.entry.grad = grads[0]
+        return None, None, None
 
 
 class LocalLayer(NamedTuple):
@@ -165,12 +219,17 @@ class Stage:
         x, carried = flow.x, dict(flow.carried)
         for local in self.layers:
             cell = local.cells.chunks[chunk_index]
-            x = x if local.layer_index == 0 else _leaf(x)
-            read = {name: _leaf(carried[name]) for name in local.layer.reads}
+            entry = _Entry(x) if local.layer_index > 0 and isinstance(x, Tensor) else None
+            if entry is not None and isinstance(x, Tensor):
+                x = entry.rows(x)
+            entries = {name: _Entry(carried[name]) for name in local.layer.reads}
+            read = {name: entries[name].rows(carried[name]) for name in entries}
             key = (self._seed, self._epoch, local.layer_index)
-            view = View(cell, self._reader(local.table, cell), read, key=key)
+            reader, in_place = self._reader(local.table, cell), local.layer.aggregates_input
+            view = View(cell, reader, read, key=key, drops_table=in_place)
             out = local.layer(x, view)
-            records.append(_Record(x, read, out, view.handed_on))
+            edges = {name: _edge(value) for name, value in view.handed_on.items()}
+            records.append(_Record(entry, entries, _edge(out), edges))
             x = out.detach()
             carried |= {name: value.detach() for name, value in view.handed_on.items()}
         self._records[chunk_index] = records
@@ -199,13 +258,15 @@ class Stage:
                 if name in carried:
                     roots.append(value)
                     grads.append(carried.pop(name))
-            pairs = [p for p in zip(roots, grads, strict=True) if p[0].requires_grad]
+            pairs = [
+                (edge, grad) for edge, grad in zip(roots, grads, strict=True) if edge is not None
+            ]
             if pairs:  # Not below a first layer without weights.
-                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-            for name, leaf in record.carried.items():
-                assert leaf.grad is not None
-                carried[name] = carried[name] + leaf.grad if name in carried else leaf.grad
-            dx = _gradient(record.x)
+                torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+            for name, entry in record.carried.items():
+                assert entry.grad is not None
+                carried[name] = carried[name] + entry.grad if name in carried else entry.grad
+            dx = torch.empty(0) if record.x is None else record.x.gradient()
             if layer_done is not None:
                 layer_done(local)
         return Flow(dx, carried)
@@ -242,13 +303,6 @@ class Stage:
         yield Table(num_values, 0, channels, like=trained.values, period=1)
 
 
-def _leaf(x: Tensor | SparseRows) -> Tensor:
-    assert isinstance(x, Tensor)
-    return x.detach().requires_grad_()
-
-
-def _gradient(x: Tensor | SparseRows) -> Tensor:
-    """The gradient of a leaf; input features have none, ``[0]``."""
-    if not isinstance(x, Tensor) or not x.requires_grad:
-        return torch.empty(0)
-    return torch.zeros_like(x) if x.grad is None else x.grad
+def _edge(value: Tensor) -> GradientEdge | None:
+    """Where the backward of a value starts; the value itself need not be kept for it."""
+    return get_gradient_edge(value) if value.requires_grad else None

@@ -194,6 +194,13 @@ class SpyView:
     def foreign_seed(self) -> int | None:
         return None
 
+    def relu(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def attend(self, x_src: Tensor, logits: Any, p: float) -> Tensor:
+        self.calls.append(f"edge_dropout {p}")
+        return x_src
+
     def carry(self, name: str, value: Tensor) -> None:
         self.calls.append(f"carry {name}")
         self.values[name] = value

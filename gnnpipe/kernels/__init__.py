@@ -3,7 +3,20 @@
 numba on CPU; torch.sparse elsewhere and as the oracle of the tests.
 """
 
+from gnnpipe.kernels.attention import EdgeDrop, EdgeOrder, attend
 from gnnpipe.kernels.dropout import dropout_edges, dropout_rows
+from gnnpipe.kernels.rectify import relu
 from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear
 
-__all__ = ["RowBlock", "SparseRows", "aggregate", "dropout_edges", "dropout_rows", "linear"]
+__all__ = [
+    "EdgeDrop",
+    "EdgeOrder",
+    "RowBlock",
+    "SparseRows",
+    "aggregate",
+    "attend",
+    "dropout_edges",
+    "dropout_rows",
+    "linear",
+    "relu",
+]

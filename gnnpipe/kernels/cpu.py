@@ -11,13 +11,15 @@ import numba
 import numpy as np
 from numba import njit, prange
 
+from gnnpipe.kernels.vector import VECTOR_BYTES, keep_eight, rectify_eight, sum_row
+
 Array = np.ndarray[Any, Any]
 
 PARALLEL_MIN_WORK = 1 << 18
 """Numbers touched below which one thread is quicker than several."""
 
 _U = np.uint64
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
@@ -34,22 +36,22 @@ class Kernel(NamedTuple):
         (self.parallel if is_large else self.serial)(*args)
 
 
-def _compile(function: Callable[..., None]) -> Kernel:
+def compiled(function: Callable[..., None], alone: Callable[..., None] | None = None) -> Kernel:
     return Kernel(
-        njit(cache=True, nogil=True, fastmath={"contract"})(function),
+        njit(cache=True, nogil=True, fastmath={"contract"})(alone or function),
         njit(cache=True, nogil=True, fastmath={"contract"}, parallel=True)(function),
     )
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _mix(value):  # type: ignore[no-untyped-def]
+def mix(value):  # type: ignore[no-untyped-def]
     value = (value ^ (value >> _U(30))) * _MIX_1
     value = (value ^ (value >> _U(27))) * _MIX_2
     return value ^ (value >> _U(31))
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _draw(row_key, column):  # type: ignore[no-untyped-def]
+def draw(row_key, column):  # type: ignore[no-untyped-def]
     """32 random bits for one column of a row."""
     z = np.uint32(row_key) ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B9))
     z = np.uint32(z + np.uint32(row_key >> _U(32)))
@@ -60,56 +62,91 @@ def _draw(row_key, column):  # type: ignore[no-untyped-def]
     return np.uint32(z ^ (z >> np.uint32(16)))
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _factor(e, indices, weight, col_scale, one):  # type: ignore[no-untyped-def]
-    factor = one
-    if weight is not None:
-        factor *= weight[e]
-    if col_scale is not None:
-        factor *= col_scale[indices[e]]
-    return factor
+@njit(cache=True, nogil=True)
+def sum_columns(  # type: ignore[no-untyped-def]
+    table, out, indices, weight, col_scale, gate, entries, row, columns, head
+):
+    """Some columns of one row of a product; literals pick the vectors that their end needs."""
+    c, stop = columns
+    lanes = VECTOR_BYTES // out.itemsize
+    while stop - c > 7 * lanes:
+        sum_row(8, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+        c += 8 * lanes
+    left = (stop - c + lanes - 1) // lanes
+    if left == 1:
+        sum_row(1, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 2:
+        sum_row(2, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 3:
+        sum_row(3, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 4:
+        sum_row(4, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 5:
+        sum_row(5, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 6:
+        sum_row(6, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+    elif left == 7:
+        sum_row(7, table, out, indices, weight, col_scale, gate, entries, row, (c, stop), head)
+
+
+@njit(cache=True, nogil=True)
+def _sum_rows(  # type: ignore[no-untyped-def]
+    indptr, indices, weight, row_scale, col_scale, gate, rows, table, out, first, last
+):
+    for k in range(first, last):
+        i = k if rows is None else rows[k]
+        entries, columns = (indptr[i], indptr[i + 1]), (0, out.shape[1])
+        sum_columns(table, out, indices, weight, col_scale, gate, entries, i, columns, (0, 1))
+        if row_scale is not None:
+            for column in range(out.shape[1]):
+                out[i, column] *= row_scale[i]
+
+
+@njit(cache=True, nogil=True)
+def row_at(indptr, share):  # type: ignore[no-untyped-def]
+    """The row at a share of the work, where a row costs as much as four entries."""
+    low, high = 0, indptr.shape[0] - 1
+    wanted = share * (indptr[high] - indptr[0] + 4 * high)
+    while low < high:
+        middle = (low + high) // 2
+        if indptr[middle] - indptr[0] + 4 * middle < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def _aggregate(  # type: ignore[no-untyped-def]
-    indptr, indices, weight, row_scale, col_scale, rows, table, out
+    indptr, indices, weight, row_scale, col_scale, gate, rows, table, out, num_parts
 ):
-    """``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]`` for i in rows."""
-    num_columns = table.shape[1]
-    one = table.dtype.type(1)
-    num_rows = out.shape[0] if rows is None else rows.shape[0]
-    for k in prange(num_rows):
-        i = k if rows is None else rows[k]
-        row = out[i]
-        row[:] = 0
-        e = indptr[i]
-        end = indptr[i + 1]
-        # Four edges at a time: each row of `out` is loaded and stored once per four sources.
-        while e + 4 <= end:
-            a = _factor(e, indices, weight, col_scale, one)
-            b = _factor(e + 1, indices, weight, col_scale, one)
-            c = _factor(e + 2, indices, weight, col_scale, one)
-            d = _factor(e + 3, indices, weight, col_scale, one)
-            x, y = table[indices[e]], table[indices[e + 1]]
-            z, w = table[indices[e + 2]], table[indices[e + 3]]
-            for column in range(num_columns):
-                row[column] += (a * x[column] + b * y[column]) + (c * z[column] + d * w[column])
-            e += 4
-        while e < end:
-            a = _factor(e, indices, weight, col_scale, one)
-            x = table[indices[e]]
-            for column in range(num_columns):
-                row[column] += a * x[column]
-            e += 1
-        if row_scale is not None:
-            for column in range(num_columns):
-                row[column] *= row_scale[i]
+    """``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * gate[j_e] * table[j_e]``.
+
+    Threads get parts with equal numbers of entries; which one computes a row changes no bit.
+    """
+    for part in prange(num_parts):
+        if rows is None:
+            first = row_at(indptr, part / num_parts)
+            last = row_at(indptr, (part + 1) / num_parts)
+        else:
+            first = rows.shape[0] * part // num_parts
+            last = rows.shape[0] * (part + 1) // num_parts
+        _sum_rows(
+            indptr, indices, weight, row_scale, col_scale, gate, rows, table, out, first, last
+        )
+
+
+def _aggregate_alone(  # type: ignore[no-untyped-def]
+    indptr, indices, weight, row_scale, col_scale, gate, rows, table, out, num_parts
+):
+    num_rows = indptr.shape[0] - 1 if rows is None else rows.shape[0]
+    _sum_rows(indptr, indices, weight, row_scale, col_scale, gate, rows, table, out, 0, num_rows)
 
 
 def _dropout_rows(x, node_id, key, threshold, scale, out):  # type: ignore[no-untyped-def]
     for i in prange(x.shape[0]):
-        row_key = _mix((np.uint64(node_id[i]) * _GOLDEN) ^ key)
+        row_key = mix((np.uint64(node_id[i]) * GOLDEN) ^ key)
         for column in range(x.shape[1]):
-            keep = _draw(row_key, column) >= threshold
+            keep = draw(row_key, column) >= threshold
             out[i, column] = x[i, column] * scale if keep else x.dtype.type(0)
 
 
@@ -118,9 +155,9 @@ def _dropout_entries(  # type: ignore[no-untyped-def]
 ):
     """The rule of ``_dropout_rows`` on the stored entries of sparse rows."""
     for i in prange(indptr.shape[0] - 1):
-        row_key = _mix((np.uint64(node_id[i]) * _GOLDEN) ^ key)
+        row_key = mix((np.uint64(node_id[i]) * GOLDEN) ^ key)
         for e in range(indptr[i], indptr[i + 1]):
-            keep = _draw(row_key, indices[e]) >= threshold
+            keep = draw(row_key, indices[e]) >= threshold
             out[e] = values[e] * scale if keep else values.dtype.type(0)
 
 
@@ -128,14 +165,38 @@ def _dropout_edges(  # type: ignore[no-untyped-def]
     x, source_id, target_id, key, threshold, scale, out
 ):
     for e in prange(x.shape[0]):
-        edge_key = _mix((np.uint64(source_id[e]) * _GOLDEN) ^ key)
-        edge_key = _mix((np.uint64(target_id[e]) * _GOLDEN) ^ edge_key)
+        edge_key = mix((np.uint64(source_id[e]) * GOLDEN) ^ key)
+        edge_key = mix((np.uint64(target_id[e]) * GOLDEN) ^ edge_key)
         for head in range(x.shape[1]):
-            keep = _draw(edge_key, head) >= threshold
+            keep = draw(edge_key, head) >= threshold
             out[e, head] = x[e, head] * scale if keep else x.dtype.type(0)
 
 
-aggregate = _compile(_aggregate)
-dropout_rows = _compile(_dropout_rows)
-dropout_entries = _compile(_dropout_entries)
-dropout_edges = _compile(_dropout_edges)
+def _rectify(x, mask):  # type: ignore[no-untyped-def]
+    """``x = max(x, 0)`` in place for a flat ``x``; bit k of ``mask`` tells whether x[k] stays."""
+    whole = x.shape[0] // 8
+    for group in prange(whole):
+        rectify_eight(x, mask, group)
+    for k in range(8 * whole, x.shape[0]):
+        if k % 8 == 0:
+            mask[k // 8] = 0
+        if x[k] <= 0:
+            x[k] = 0
+        else:
+            mask[k // 8] |= np.uint8(1 << (k % 8))
+
+
+def _keep(x, mask, out):  # type: ignore[no-untyped-def]
+    whole = x.shape[0] // 8
+    for group in prange(whole):
+        keep_eight(x, mask, group, out)
+    for k in range(8 * whole, x.shape[0]):
+        out[k] = x[k] if (mask[k // 8] >> (k % 8)) & 1 else x.dtype.type(0)
+
+
+rectify = compiled(_rectify)
+keep = compiled(_keep)
+aggregate = compiled(_aggregate, _aggregate_alone)
+dropout_rows = compiled(_dropout_rows)
+dropout_entries = compiled(_dropout_entries)
+dropout_edges = compiled(_dropout_edges)

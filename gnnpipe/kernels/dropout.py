@@ -24,12 +24,13 @@ class _Ids(tuple[Tensor, ...]):
     __slots__ = ()
 
 
-def _apply(x: Tensor, ids: _Ids, p: float, key: int) -> Tensor:
+def _apply(x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None = None) -> Tensor:
     threshold, scale = _threshold(p), 1.0 / (1.0 - p)
     if x.device.type != "cpu":
         keys = fallback.keys(ids, key)
-        return x * (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
-    out = torch.empty_like(x)
+        factor = (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
+        return torch.mul(x, factor, out=out)
+    out = torch.empty_like(x) if out is None else out
     kernel = cpu.dropout_rows if len(ids) == 1 else cpu.dropout_edges
     arrays = [part.numpy() for part in ids]
     number = x.numpy().dtype.type
@@ -41,18 +42,20 @@ def _apply(x: Tensor, ids: _Ids, p: float, key: int) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(  # Any: torch's context
-        ctx: Any, x: Tensor, ids: _Ids, p: float, key: int
+        ctx: Any, x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None
     ) -> Tensor:
         ctx.arguments = ids, p, key
-        return _apply(x.detach().contiguous(), ids, p, key)
+        return _apply(x.detach().contiguous(), ids, p, key, out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None, None
 
 
 @overload
-def dropout_rows(x: Tensor, node_id: Tensor, *, p: float, key: int) -> Tensor: ...
+def dropout_rows(
+    x: Tensor, node_id: Tensor, *, p: float, key: int, out: Tensor | None = None
+) -> Tensor: ...
 
 
 @overload
@@ -60,7 +63,7 @@ def dropout_rows(x: SparseRows, node_id: Tensor, *, p: float, key: int) -> Spars
 
 
 def dropout_rows(
-    x: Tensor | SparseRows, node_id: Tensor, *, p: float, key: int
+    x: Tensor | SparseRows, node_id: Tensor, *, p: float, key: int, out: Tensor | None = None
 ) -> Tensor | SparseRows:
     """Drops entries of rows, keyed by node id and column.
 
@@ -70,13 +73,15 @@ def dropout_rows(
         node_id: original id of each row's node, ``[num_rows]``, int64.
         p: probability of a zero, in [0, 1).
         key: unsigned 64-bit key of the stream.
+        out: where to write the dense result; None allocates.
 
     Returns:
         The kept entries times ``1 / (1 - p)``, zeros elsewhere.
     """
     if isinstance(x, Tensor):
-        out: Tensor = _Dropout.apply(x, _Ids((node_id,)), p, key)  # type: ignore[no-untyped-call]
-        return out
+        ids = _Ids((node_id,))
+        dropped: Tensor = _Dropout.apply(x, ids, p, key, out)  # type: ignore[no-untyped-call]
+        return dropped
     return x._replace(values=_apply_entries(x, node_id, p, key))
 
 
@@ -107,5 +112,5 @@ def dropout_edges(
         key: unsigned 64-bit key of the stream.
     """
     ids = _Ids((source_id, target_id))
-    out: Tensor = _Dropout.apply(x, ids, p, key)  # type: ignore[no-untyped-call]
+    out: Tensor = _Dropout.apply(x, ids, p, key, None)  # type: ignore[no-untyped-call]
     return out

@@ -1,8 +1,10 @@
 """Rows of a sparse matrix, and their products with dense tables."""
 
+import warnings
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numba
 import torch
 from torch import Tensor
 
@@ -75,25 +77,34 @@ class RowBlock:
         if self.row_scale is not None:
             values = values * self.row_scale.repeat_interleave(self.indptr.diff())
         size = (self.num_rows, num_columns)
-        # Asked for by name: left to the default, torch warns that it does not check.
-        return torch.sparse_csr_tensor(
-            self.indptr - start, indices, values, size, check_invariants=False
-        )
+        with warnings.catch_warnings():  # Once per process torch says that CSR is young.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            # Checks by name: left to the default, torch warns that it does not check.
+            return torch.sparse_csr_tensor(
+                self.indptr - start, indices, values, size, check_invariants=False
+            )
 
 
 def aggregate(
-    block: RowBlock, table: Tensor, *, out: Tensor | None = None, rows: Tensor | None = None
+    block: RowBlock,
+    table: Tensor,
+    *,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Multiplies a row block with a table.
 
-    ``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * table[j_e]`` over the entries
-    ``e`` of row ``i``.
+    ``out[i] = row_scale[i] * sum_e weight[e] * col_scale[j_e] * gate[j_e] * table[j_e]`` over
+    the entries ``e`` of row ``i``.
 
     Args:
         block: the rows.
         table: ``[num_columns, F]``, contiguous, float32 or float64.
         out: where to write, ``[block.num_rows, F]``; None allocates.
         rows: rows of the block to compute, int64, ascending; None is all of them.
+        gate: factor of each table row, ``[num_columns]``, of the table's dtype; None is one. A
+            row whose factor is zero is not read, so it may hold anything.
 
     Returns:
         ``[block.num_rows, F]``.
@@ -101,11 +112,15 @@ def aggregate(
     if out is None:
         out = table.new_empty((block.num_rows, table.shape[1]))
     if table.device.type != "cpu":
+        if gate is not None:
+            table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
         product = block.matrix(table.shape[0], table.dtype) @ table
         return out.copy_(product) if rows is None else out.index_copy_(0, rows, product[rows])
     work = block.num_entries * table.shape[1]
     chosen = None if rows is None else rows.numpy()
-    cpu.aggregate(*block.numpy, chosen, table.numpy(), out.numpy(), work=work)
+    gates = None if gate is None else gate.numpy()
+    arrays = (*block.numpy, gates, chosen, table.numpy(), out.numpy())
+    cpu.aggregate(*arrays, numba.get_num_threads(), work=work)
     return out
 
 

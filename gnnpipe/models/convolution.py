@@ -32,7 +32,7 @@ class Convolution(Layer):
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Drops out, convolves and rectifies the rows."""
-        return self.convolve(graph.dropout(x, self.dropout), graph).relu()
+        return graph.relu(self.convolve(graph.dropout(x, self.dropout), graph))
 
 
 def glorot(weight: Tensor) -> None:

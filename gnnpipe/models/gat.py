@@ -8,6 +8,7 @@ from gnnpipe.models.convolution import Convolution, glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView
 
+
 class GATLayer(Convolution):
     """Velickovic et al., "Graph attention networks".
 
@@ -55,7 +56,8 @@ class GATLayer(Convolution):
 
     def _columns(self, att: Tensor) -> Tensor:
         """Each head's vector as a column over all heads' channels, ``[heads * C, heads]``."""
-        return torch.block_diag(*att.squeeze(0).unbind()).t()
+        spread = torch.eye(self.heads, dtype=att.dtype, device=att.device).unsqueeze(1)
+        return (att.squeeze(0).unsqueeze(2) * spread).flatten(0, 1)
 
     def reset_parameters(self) -> None:
         """Draws the weights by Glorot's rule; the bias starts at zero."""

@@ -101,6 +101,14 @@ class _Block:
         """Evaluation."""
         return alpha
 
+    def relu(self, x: Tensor) -> Tensor:
+        """Plain."""
+        return x.relu()
+
+    def attend(self, x_src: Tensor, logits: tuple[Tensor, Tensor], p: float) -> Tensor:
+        """A block layer does its own."""
+        raise AssertionError
+
     def carry(self, name: str, value: Tensor) -> None:
         """A block layer carries nothing."""
         raise AssertionError
