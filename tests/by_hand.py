@@ -11,6 +11,7 @@ order, and a historical value without gradient elsewhere::
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -53,11 +54,9 @@ class ByHand:
         self.train = torch.from_numpy(np.flatnonzero(graph.train_mask & (graph.labels >= 0)))
         self.num_layers = num_layers
         self.tables: Tables = {}
-        self._convolution: Callable[..., Tensor] = {
-            "gcn": self._gcn,
-            "gat": self._gat,
-            "gcnii": self._gcnii,
-        }[name]
+        kinds: dict[str, Callable[..., Tensor]]
+        kinds = {"gcn": self._gcn, "gat": self._gat, "gcnii": self._gcnii}
+        self._convolution = kinds[name]
 
     def loss(self, weights: Weights, history: Tables, epoch: Epoch) -> Tensor:
         """Mean cross entropy of the labelled training nodes."""
@@ -74,14 +73,15 @@ class ByHand:
             view = self._view(layer, epoch)
             x = view.dropout(h, epoch.dropout)
 
-            def read(value: Tensor, layer: int = layer) -> Tensor:
-                self.tables[layer] = value.detach()
-                return mixed(value, history.get(layer), epoch)
-
+            read = partial(self._read, layer, history, epoch)
             h = self._convolution(own, x, read, h0=h0, layer=layer, view=view, p=epoch.dropout)
             h = h.relu()
         x = self._view(last, epoch).dropout(h, epoch.dropout)
         return x @ weights[f"layers.{last}.lin.weight"].T + weights[f"layers.{last}.lin.bias"]
+
+    def _read(self, layer: int, history: Tables, epoch: Epoch, value: Tensor) -> Tensor:
+        self.tables[layer] = value.detach()
+        return mixed(value, history.get(layer), epoch)
 
     def _gcn(self, own: Weights, x: Tensor, read: Callable[..., Tensor], **_: object) -> Tensor:
         total = torch.einsum("ij,ijf->if", self.norm, read(x))
@@ -112,11 +112,12 @@ class ByHand:
         **_: object,
     ) -> Tensor:
         z = x @ own["lin.weight"].T  # [N, heads * C]
-        _, heads, width = own["att_src"].shape
+        heads, width = own["att_src"].shape[1:]
         source, target = self.full.edge_index("edges_self")
-        z_src = read(z).unflatten(2, (heads, width))  # [target, source, heads, C]
+        num_nodes = z.shape[0]
+        z_src = read(z).view(num_nodes, num_nodes, heads, width)  # [target, source, heads, C]
         logit = (z_src * own["att_src"]).sum(3)
-        logit = logit + (z.unflatten(1, (heads, width)) * own["att_dst"]).sum(2).unsqueeze(1)
+        logit = logit + (z.view(-1, heads, width) * own["att_dst"]).sum(2).unsqueeze(1)
         is_edge = torch.zeros_like(logit, dtype=torch.bool)
         is_edge[target, source] = True
         logit = functional.leaky_relu(logit, 0.2).masked_fill(~is_edge, -math.inf)
@@ -136,7 +137,7 @@ def mixed(value: Tensor, history: Tensor | None, epoch: Epoch) -> Tensor:
 
     Args:
         value: just computed, ``[N, F]``.
-        history: of the same shape; None where nothing is read before it is computed.
+        history: of the same shape; None is zeros.
         epoch: order and factor.
     """
     position = torch.empty(len(epoch.order), dtype=torch.int64)
@@ -145,7 +146,7 @@ def mixed(value: Tensor, history: Tensor | None, epoch: Epoch) -> Tensor:
     is_own = (place.unsqueeze(1) == place.unsqueeze(0)).unsqueeze(2)
     is_earlier = (place.unsqueeze(1) > place.unsqueeze(0)).unsqueeze(2)
     crossing = value + (epoch.factor - 1.0) * (value - value.detach())
-    stale = torch.full_like(value, math.nan) if history is None else history.detach()
+    stale = torch.zeros_like(value) if history is None else history.detach()
     fresh = torch.where(is_own, value.unsqueeze(0), crossing.unsqueeze(0))
     return torch.where(is_own | is_earlier, fresh, stale.unsqueeze(0))
 

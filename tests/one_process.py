@@ -10,6 +10,7 @@ from torch import Tensor
 from gnnpipe.config import Config, from_dict
 from gnnpipe.graph import Graph
 from gnnpipe.history import Table
+from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.runs import PipelineRun, ReferenceRun, model_layers
 from gnnpipe.stage import LocalLayer
@@ -43,6 +44,19 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
         (section,) = [section for section in values.values() if key in section]
         section[key] = value
     return from_dict({"seed": seed, **values})
+
+
+def one_layer_model(name: str) -> list[Layer]:
+    with torch.device("meta"):
+        return build_layers(
+            name,
+            in_channels=5,
+            hidden_channels=8,
+            out_channels=3,
+            num_layers=1,
+            dropout=0.0,
+            options={"heads": 2} if name == "gat" else {},
+        )
 
 
 def pipeline(
