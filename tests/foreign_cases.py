@@ -22,6 +22,11 @@ def mlp(fan_in: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(fan_in, H), nn.ReLU(), nn.Linear(H, H))
 
 
+def deep(conv: nn.Module, block: str = "res+") -> nn.Module:
+    layer: nn.Module = pyg.DeepGCNLayer(conv, nn.LayerNorm(H), nn.ReLU(), block, dropout=0.0)
+    return layer
+
+
 class Case(NamedTuple):
     """A convolution of width H to H, and what it takes beside x and edge_index."""
 
@@ -74,6 +79,8 @@ CASES = {
     "LGConv": Case(lambda: pyg.LGConv(), ("edge_weight",)),
     "FeaStConv": Case(lambda: pyg.FeaStConv(H, H, heads=2)),
     "SuperGATConv": Case(lambda: pyg.SuperGATConv(H, H)),
+    "DeepGCNLayer(GENConv)": Case(lambda: deep(pyg.GENConv(H, H, norm="layer"))),
+    "DeepGCNLayer(GATConv, res)": Case(lambda: deep(pyg.GATConv(H, H), block="res")),
     "GeneralConv": Case(lambda: pyg.GeneralConv(H, H)),
 }
 
@@ -121,9 +128,8 @@ class PlainModel(nn.Module):
     def forward(self) -> Tensor:
         x, x_0 = self.x, None
         for part in self.parts:
-            if "edge_index" not in part.forward.__code__.co_varnames and not isinstance(
-                part, pyg.MessagePassing
-            ):
+            is_graph = isinstance(part, (pyg.MessagePassing, pyg.DeepGCNLayer))
+            if "edge_index" not in part.forward.__code__.co_varnames and not is_graph:
                 x = part(x)
                 continue
             x_0 = x if x_0 is None else x_0
@@ -140,6 +146,8 @@ class PlainModel(nn.Module):
             for name, value in self.edges.items()
             if name in self.takes
         }
+        if isinstance(conv, pyg.DeepGCNLayer):
+            return conv(x, edges)  # type: ignore[no-any-return]
         first = {"x_0": x_0} if "x_0" in self.takes else {}
         return conv(x, edge_index=edges, **first, **given)  # type: ignore[no-any-return]
 

@@ -18,6 +18,7 @@ from foreign_cases import (
     Case,
     H,
     PlainModel,
+    deep,
     graph_for,
     job_config,
     job_data,
@@ -35,6 +36,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.models.foreign import EdgeFacts, adapt, from_pyg
 from gnnpipe.models.foreign.block import BlockLayer
 from gnnpipe.models.foreign.hops import HopLayer, StackHopLayer
+from gnnpipe.models.foreign.residual import ResidualLayer
 from gnnpipe.models.gcn import GCNLayer
 from gnnpipe.models.layer import Layer
 from gnnpipe.reference import Reference
@@ -102,7 +104,8 @@ def test_the_table_of_convolutions_in_the_docs_is_current() -> None:
 
 
 def adapter_name(layers: list[Layer]) -> str:
-    blocks = [layer.kind for layer in layers if isinstance(layer, BlockLayer)]
+    inner = [layer.conv if isinstance(layer, ResidualLayer) else layer for layer in layers]
+    blocks = [layer.kind for layer in inner if isinstance(layer, BlockLayer)]
     if blocks:
         return blocks[0]
     hops = sum(isinstance(layer, (HopLayer, StackHopLayer)) for layer in layers)
@@ -148,6 +151,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "eigenvalue": (lambda: pyg.ChebConv(H, H, 2, normalization=None), "largest eigenvalue"),
     "no hops": (lambda: pyg.ChebConv(H, H, 1), "reads no neighbours"),
+    "dense block": (lambda: deep(pyg.SAGEConv(H, H), "dense"), "block=dense is not supported"),
     "width": (lambda: nn.Linear(H + 1, H), "cannot run on rows of width 6"),
     "one number": (lambda: nn.Flatten(0), "must map each row by itself"),
 }

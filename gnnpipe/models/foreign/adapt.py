@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from gnnpipe.models.foreign.block import BlockLayer
 from gnnpipe.models.foreign.facts import EdgeFacts
 from gnnpipe.models.foreign.hops import KeepLayer
 from gnnpipe.models.foreign.probe import NUM_NODES, TOLERANCE, Sample, difference, whole_call
+from gnnpipe.models.foreign.residual import Order, ResidualLayer
 from gnnpipe.models.foreign.rowwise import RowWiseLayer
 from gnnpipe.models.foreign.unrolled import unrolled
 from gnnpipe.models.layer import Layer, Operator
@@ -74,6 +75,9 @@ class _Adapter:
             self._append(module)
             return
         _refuse_coupling(module, where)
+        if type(module).__name__ == "DeepGCNLayer":
+            self._append(self._residual(module, where))
+            return
         if not is_convolution(module):
             self._append(_rowwise(module, self._channels, where))
             return
@@ -81,6 +85,19 @@ class _Adapter:
         hops = unrolled(module, in_channels=self._channels, prefix=f"hops{position}")
         for layer in [self._block(module, where)] if hops is None else hops:
             self._append(layer)
+
+    def _residual(self, block: Any, where: str) -> Layer:  # torch_geometric has no types
+        """torch_geometric's residual block around a convolution."""
+        if block.block not in get_args(Order):
+            raise UserError(f"{where} with block={block.block} is not supported; use block=res+")
+        self._materialise(block.conv, where)
+        inner = self._block(block.conv, where)
+        for part in (block.norm, block.act):
+            if part is not None:
+                _rowwise(part, inner.out_channels, where)
+        return ResidualLayer(
+            inner, norm=block.norm, act=block.act, order=block.block, dropout=block.dropout
+        )
 
     def _append(self, layer: Layer) -> None:
         if layer.in_channels != self._channels:
@@ -169,6 +186,8 @@ class _Adapter:
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether the module's ``forward`` takes edges."""
+    if type(module).__name__ == "DeepGCNLayer":
+        return True
     return any(name in inspect.signature(module.forward).parameters for name in EDGE_INDICES)
 
 
