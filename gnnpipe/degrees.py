@@ -94,6 +94,7 @@ def _sums(indptr: Array, indices: Array, weight: Array | None, row_id: Array) ->
 
 
 def _inverse_root(degree: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        scale: Array = np.where(degree > 0, degree**-0.5, 0.0)
+    # As torch_geometric has it: 0 for no edges, NaN where negative weights outweigh the others.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale: Array = np.where(degree == 0, 0.0, degree**-0.5)
     return scale

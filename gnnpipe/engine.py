@@ -4,6 +4,7 @@ The engine moves chunks through the rank's stages in the order the schedule says
 rows mean is the stage's business, how they travel is ``comm``'s.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -184,24 +185,27 @@ class Engine:
         scores, labels, masks = torch.split(rows, [width, width, 3], dim=1)
         return scores, Targets(labels, masks.T > 0)
 
-    def staleness(self, num_layers: int) -> list[float]:
+    def staleness(self, num_layers: int) -> list[float | None]:
         """How far the last measured epoch moved the values that it found in the tables.
 
         ``|fresh - historical| / |fresh|`` (Frobenius norms) of each layer that has a table, in
-        the order of layers: the relative drift of what chunks read of later ones.
+        the order of layers: the relative drift of what chunks read of later ones. None where
+        all fresh values are zero.
 
         Args:
             num_layers: layers of the whole model.
         """
-        squares = torch.zeros((num_layers, 2), dtype=torch.float64)
+        # Squared change, squared size, and on how many ranks the layer has a table.
+        squares = torch.zeros((num_layers, 3), dtype=torch.float64)
         for stage in self.stages.values():
             for local in stage.layers:
                 if local.table is not None and local.table.drift is not None:
-                    squares[local.layer_index] = local.table.drift
-        change, size = self._comm.sum_over_ranks(squares).unbind(1)
-        has_table = size > 0
-        drift: list[float] = (change[has_table] / size[has_table]).sqrt().tolist()
-        return drift
+                    squares[local.layer_index, :2] = local.table.drift
+                    squares[local.layer_index, 2] = 1.0
+        layers = self._comm.sum_over_ranks(squares).tolist()
+        return [
+            math.sqrt(change / size) if size else None for change, size, tables in layers if tables
+        ]
 
     def _forward(self, action: Action, chunk: int, inbox: Inbox) -> float:
         if action.stage_index == 0:

@@ -28,7 +28,7 @@ class EpochRecord:
     epoch_s: float
     """Wall time, without evaluation."""
     bubble_fraction: float
-    """Idle share of all ranks' time."""
+    """Idle share of all ranks' time: 1 minus the share that they compute."""
     comm_bytes: Mapping[str, int]
     """Payload sent, summed over ranks: boundary, carried, halo, gradient; evaluation apart."""
     peak_memory_bytes: Sequence[int]
@@ -41,10 +41,30 @@ class EpochRecord:
     """For each kind of message, ``[ranks]``."""
     accuracy: Mapping[str, float | None] | None = None
     """train, val and test; ``None`` when the epoch did not end with an evaluation."""
-    staleness: Sequence[float] | None = None
+    staleness: Sequence[float | None] | None = None
     """At evaluations, for each layer that reads neighbours ``|fresh - historical| / |fresh|``."""
     evaluation_s: float | None = None
     """Wall time of the evaluation."""
+    time_shares: Mapping[str, float] | None = None
+    """Of all ranks' time: compute; wait, for work that another rank has not done; transfer, for
+    messages on their way that nothing hides. The sum is 1."""
+
+
+def time_shares(
+    epoch_s: Sequence[float], compute_s: Sequence[float], transfer_s: Sequence[float]
+) -> dict[str, float]:
+    """Books all ranks' time: shares of compute, wait and transfer.
+
+    Args:
+        epoch_s: how long each rank's epoch took, ``[ranks]``.
+        compute_s: how long it did not wait.
+        transfer_s: how long it waited for messages on their way.
+    """
+    total_s = len(epoch_s) * max(epoch_s)
+    if total_s == 0:
+        return {"compute": 0.0, "wait": 0.0, "transfer": 0.0}
+    compute, transfer = sum(compute_s) / total_s, sum(transfer_s) / total_s
+    return {"compute": compute, "wait": max(0.0, 1.0 - compute - transfer), "transfer": transfer}
 
 
 class Best(NamedTuple):
@@ -99,6 +119,15 @@ def metrics_line(record: EpochRecord) -> str:
     """A record as one line of ``metrics.jsonl``; what was not measured is left out."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return json_text({name: value for name, value in values.items() if value is not None}) + "\n"
+
+
+def record_from(line: Mapping[str, Any]) -> EpochRecord:
+    """The record that a line of ``metrics.jsonl`` came from; null figures become NaN."""
+    known = {field.name for field in fields(EpochRecord)}
+    values: dict[str, Any] = {
+        name: math.nan if line[name] is None else line[name] for name in known & line.keys()
+    }
+    return EpochRecord(**values)
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:

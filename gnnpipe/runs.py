@@ -63,7 +63,7 @@ class Run(Protocol):
             This rank's part of the loss.
         """
 
-    def staleness(self) -> list[float] | None:
+    def staleness(self) -> list[float | None] | None:
         """Relative drift per layer in the last measured epoch, on every rank."""
 
     def evaluate(self) -> dict[str, float | None]:
@@ -186,7 +186,7 @@ class PipelineRun:
         self._reports.take(recorder.stop())
         return loss
 
-    def staleness(self) -> list[float]:
+    def staleness(self) -> list[float | None]:
         """Relative drift per layer in the last measured epoch, on every rank."""
         return self.engine.staleness(len(self._layers))
 
@@ -257,12 +257,14 @@ class PipelineRun:
         if self._comm.mesh.way(self.rank) == 0:
             layers = [(local.layer_index, local.layer) for local in self._local]
             tensors |= model_state(layers, self._optimizer)
-        return tensors
+        return tensors | self.engine.weight_sums.state_dict()
 
     def restore(self, shards: Shards) -> None:
         """Takes its part of a checkpoint; computes the histories anew if it holds none."""
         layers = [(local.layer_index, local.layer) for local in self._local]
         load_model_state(layers, self._optimizer, shards)
+        owed = {name: shards.tensor(name) for name in shards.names("rounding.")}
+        self.engine.weight_sums.load_state_dict(owed, [index for index, _ in layers])
         if not shards.names("history."):
             self.engine.infer(into_tables=True)
         for local in self._local if shards.names("history.") else []:
