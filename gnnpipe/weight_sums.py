@@ -12,7 +12,7 @@ next step's gradient (error feedback), so it is late but not gone::
     way 1   [to 0 | own]   ->   [sum 1]  -> to way 0
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,12 +62,21 @@ class WeightSums:
         self._open.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What rounding still owes, by layer; part of a checkpoint, one for each rank."""
-        return {str(index): residual for index, residual in sorted(self._residuals.items())}
+        """What rounding still owes, named by layer and way; part of a checkpoint."""
+        return {self.name(index): owed for index, owed in sorted(self._residuals.items())}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
-        self._residuals = {int(index): residual.clone() for index, residual in state.items()}
+    def load_state_dict(self, state: Mapping[str, Tensor], layers: Iterable[int]) -> None:
+        """Takes what :meth:`state_dict` gave, as far as it is of these layers and this way.
+
+        With another number of ways nothing is: the next steps then start without a debt.
+        """
+        named = {index: self.name(index) for index in layers}
+        self._residuals = {i: state[name].clone() for i, name in named.items() if name in state}
+
+    def name(self, layer_index: int) -> str:
+        """What a checkpoint calls this way's debt of one layer."""
+        mesh = self._comm.mesh
+        return f"rounding.{layer_index}.{mesh.way(self._comm.rank)}of{mesh.num_ways}"
 
     def _start_shares(
         self, layer_index: int, bucket: Tensor, epoch: int
