@@ -54,9 +54,9 @@ def guarded(action: Callable[[], int]) -> int:
             tell("error: " + " ".join(str(error).split("\n")))
             return 2
         prefix = f"[rank {os.environ.get('RANK', '0')}] "
-        is_other = isinstance(error, PeerError)  # That rank shows the traceback.
-        trace = [str(error)] if is_other else traceback.format_exception(error)
-        lines = "".join(trace).splitlines()
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        if isinstance(error, PeerError):  # That rank shows the traceback.
+            lines = ["stopped: " + " ".join(str(error).split())]
         # One write, so that lines of several ranks do not mix.
         sys.stderr.write("".join(f"{prefix}{line}\n" for line in lines))
         return 1
@@ -88,6 +88,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.print_config:
         return _print_config(config)
     world_size = environment.world_size()
+    if environment.is_restart():
+        config = preflight.replanned(config, world_size)
     preflight.check_world_size(config, world_size)
     _prepare(config, world_size)
     from gnnpipe.trainer import train

@@ -28,6 +28,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def is_restart() -> bool:
+    """Whether a launcher has started these ranks before."""
+    return os.environ.get(RESTARTS_VARIABLE, "0") not in ("", "0")
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child that must find our packages and not outlive us.
 

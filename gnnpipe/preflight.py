@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gnnpipe.config import Config
+from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -66,6 +66,29 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"`WORLD_SIZE` (={world_size}) must equal `parallel.num_stages` x "
             f"`parallel.num_ways` (={needed}); {start} or set {settings}"
         )
+
+
+def replanned(config: Config, world_size: int) -> Config:
+    """The same run on another number of ranks, for elastic launchers that lost or found hosts.
+
+    The ways stay if they divide the ranks, because other ways change the last bits of sums.
+
+    Args:
+        config: the run as it was planned.
+        world_size: number of ranks now.
+    """
+    if world_size == config.world_size:
+        return config
+    values = to_dict(config)
+    ways = config.parallel.num_ways
+    ways = ways if world_size % ways == 0 else 1
+    values["parallel"] |= {
+        "num_stages": world_size // ways,
+        "num_ways": ways,
+        "virtual_stages": 1,
+        "layers_per_stage": None,
+    }
+    return from_dict(values)
 
 
 def check_single_process(command: str, world_size: int) -> None:

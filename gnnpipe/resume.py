@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gnnpipe import checkpoint
+from gnnpipe import checkpoint, environment
 from gnnpipe.checkpoint import BEST_FILE, Checkpoint, CheckpointError
 from gnnpipe.config import Config, to_dict, to_yaml
-from gnnpipe.environment import RESTARTS_VARIABLE
 from gnnpipe.errors import UserError
 from gnnpipe.run_directory import (
     CHECKPOINTS_DIR,
@@ -67,7 +65,7 @@ def find_start(config: Config) -> Start:
     folder = directory / CHECKPOINTS_DIR
     checkpoint.clean(folder)
     chosen, is_begun = None, found.state == "unfinished"
-    if wish not in ("auto", "none") and not (is_begun and _is_restart()):
+    if wish not in ("auto", "none") and not (is_begun and environment.is_restart()):
         chosen = _named(Path(wish))
         _adopt(chosen, config, is_begun=is_begun)
         is_begun = True
@@ -171,6 +169,7 @@ def _adopt(chosen: Checkpoint, config: Config, *, is_begun: bool) -> None:
             f"`run.dir` (={directory}) holds a run already; choose another run.dir to branch off"
             f" from {chosen.path}"
         )
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copyfile(source / METRICS_FILE, directory / METRICS_FILE)
     except OSError as error:
@@ -204,7 +203,3 @@ def _check_restartable(directory: Path, summary: Mapping[str, Any] | None) -> No
 
 def _existing(path: Path) -> str | None:
     return str(path.resolve()) if path.is_dir() else None
-
-
-def _is_restart() -> bool:
-    return os.environ.get(RESTARTS_VARIABLE, "0") not in ("", "0")

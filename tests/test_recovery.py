@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from resuming import EPOCHS, losses, ring_run, train_on, write_ring
+from resuming import EPOCHS, losses, ring_run, train_on, train_until, write_ring
 
+from gnnpipe.cli import main
+from gnnpipe.config import load_config
 from gnnpipe.environment import child_environment
+from gnnpipe.preflight import replanned
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -107,3 +110,33 @@ def test_a_rank_that_says_nothing_is_named_within_the_timeout(ring: Path, tmp_pa
     assert "rank 1 does not answer" in error
     assert "(limit 5 s)" in error
     assert not Path(f"/proc/{victim}").exists()
+
+
+@pytest.mark.parametrize(
+    ("planned", "ranks", "stages", "ways"),
+    [
+        ((4, 1), 3, 3, 1),
+        ((2, 2), 2, 1, 2),
+        ((2, 2), 3, 3, 1),
+        ((2, 1), 4, 4, 1),
+        ((4, 1), 1, 1, 1),
+    ],
+)
+def test_a_restart_with_other_ranks_plans_anew(
+    planned: tuple[int, int], ranks: int, stages: int, ways: int
+) -> None:
+    overrides = [f"parallel.num_stages={planned[0]}", f"parallel.num_ways={planned[1]}"]
+    config = load_config(None, [*overrides, "parallel.virtual_stages=2"])
+    parallel = replanned(config, ranks).parallel
+    assert (parallel.num_stages, parallel.num_ways, parallel.virtual_stages) == (stages, ways, 1)
+    assert replanned(config, config.world_size) is config
+
+
+def test_a_restart_on_one_rank_goes_on_with_what_two_ranks_saved(
+    ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = long_run(ring, tmp_path, "training.epochs=6", "parallel.num_stages=1")
+    train_until(run, 4)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", *run, "parallel.num_stages=2"]) == 0
+    assert losses(tmp_path) == losses(ring / "whole")[:6]
