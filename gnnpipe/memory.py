@@ -3,7 +3,7 @@
 With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per number::
 
     tables       b sum over the stage's tables of width (n + m_in  +  n + m_out)
-    activations  b sum over the stage's layers of what autograd keeps of n rows
+    activations  b sum over the stage's layers and chunks of what autograd keeps of the rows
     adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
     features     the first stage's input rows
     parameters   4 b: values, gradients, Adam's two moments
@@ -90,7 +90,8 @@ def predict_memory_bytes(
     """
     widest = max(max(layer.out_channels, layer.table_channels) for layer in layers)
     chunk_bytes = way.largest_chunk * widest * element_bytes
-    kept = sum(layer.kept_numbers(way.num_rows, way.num_edges) for layer in layers)
+    sizes = -(-way.num_rows // num_chunks), -(-way.num_edges // num_chunks)
+    kept = num_chunks * sum(layer.kept_numbers(*sizes) for layer in layers)
     return MemoryBytes(
         tables=element_bytes * sum(_table_numbers(layer, way, period) for layer in layers),
         activations=element_bytes * kept,

@@ -45,7 +45,7 @@ def test_tables_are_predicted(name: str, period: int) -> None:
     assert predicted(run, period=period).tables == pytest.approx(run.table_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("name", AGGREGATING)
+@pytest.mark.parametrize("name", [*AGGREGATING, "gat"])
 def test_activations_are_never_more_than_predicted(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

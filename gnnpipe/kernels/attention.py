@@ -73,7 +73,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, logit_src, logit_dst, alpha, out = ctx.saved_tensors
-        grad, shape = grads[0].contiguous(), (out.shape[0], alpha.shape[1], -1)
+        grad, heads = grads[0].contiguous(), alpha.shape[1]
+        shape = (out.shape[0], heads, out.shape[1] // heads)  # -1 fails without rows
         mean = (grad * out).view(shape).sum(2)  # [num_targets, heads]
         back = [torch.empty_like(part) for part in (alpha, x, logit_src)]
         inputs = [part.detach().contiguous().numpy() for part in (x, logit_src, logit_dst)]

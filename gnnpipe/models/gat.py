@@ -66,9 +66,9 @@ class GATLayer(Convolution):
         nn.init.zeros_(self.bias)
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
-        """Input, projected and gathered rows, output; messages and attention of every edge."""
-        rows = num_rows * (self.in_channels + 3 * self.out_channels)
-        edges = (num_edges + num_rows) * (self.out_channels + 6 * self.heads)
+        """Input, projected rows, gathered ones with their halo; attention of every edge."""
+        rows = num_rows * (self.in_channels + 4 * self.out_channels)
+        edges = 3 * (num_edges + num_rows) * self.heads
         return rows + edges
 
     def cost(self, num_nodes: int, num_edges: int) -> float:

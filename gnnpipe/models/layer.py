@@ -147,11 +147,14 @@ class Layer(nn.Module, ABC):
         """Estimates the work of one epoch, in floating-point operations."""
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
-        """Estimates what autograd keeps of a forward for its backward: memory in numbers.
+        """Estimates what the forward of one chunk keeps for its backward: memory in numbers.
 
-        Counted are the output and what products and nonlinearities save, not the input, which
-        is the output of the layer before. By default two rows as wide as the input, one of the
-        table, and the output.
+        Counted is what products and nonlinearities save, not what lies in the table. By default
+        two rows as wide as the input, one of the table, and the output.
+
+        Args:
+            num_rows: rows of the chunk.
+            num_edges: edges into them.
         """
         return num_rows * (2 * self.in_channels + self.table_channels + self.out_channels)
 
