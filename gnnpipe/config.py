@@ -26,9 +26,27 @@ from gnnpipe.sections import (
 )
 from gnnpipe.sources import merge, read_file, read_override
 
-PresetName = Literal["gnnpipe-paper"]
+PresetName = Literal["gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer"]
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "deepergcn": {
+        "model": {"name": "deepergcn", "num_layers": 14, "hidden_channels": 64, "dropout": 0.2},
+        "training": {"lr": 1e-3, "weight_decay": 0.0},
+    },
+    "jknet": {
+        "model": {"name": "jknet", "num_layers": 8, "hidden_channels": 64, "dropout": 0.5},
+        "training": {"lr": 5e-3},
+    },
+    "appnp": {
+        "model": {"name": "appnp", "num_layers": 10, "hidden_channels": 64, "dropout": 0.5},
+    },
+    "dagnn": {
+        "model": {"name": "dagnn", "num_layers": 10, "hidden_channels": 64, "dropout": 0.5},
+    },
+    "transformer": {
+        "model": {"name": "transformer", "num_layers": 8, "hidden_channels": 64, "dropout": 0.2},
+        "training": {"lr": 1e-3, "weight_decay": 0.0},
+    },
     "gnnpipe-paper": {
         "partition": {"num_chunks": 32, "method": "metis-grouped"},
         "model": {"num_layers": 32, "hidden_channels": 100, "dropout": 0.5},
@@ -48,7 +66,8 @@ class Config:
     """One run, completely: what ``config.yaml`` in a run directory holds."""
 
     preset: PresetName | None = None
-    """A named set of values below the file's: gnnpipe-paper is the published method."""
+    """A named set of values below the file's: gnnpipe-paper is the published method, the others
+    are deep models."""
     seed: int = 0
     """Seed of weights, chunk orders and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

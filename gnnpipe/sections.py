@@ -9,7 +9,19 @@ from typing import Literal
 
 from gnnpipe.fields import at_least, check_seed, require, settle
 
-ModelName = Literal["gcn", "sage", "gin", "gat", "gcnii", "resgcn+"]
+ModelName = Literal[
+    "gcn",
+    "sage",
+    "gin",
+    "gat",
+    "gcnii",
+    "resgcn+",
+    "deepergcn",
+    "jknet",
+    "appnp",
+    "dagnn",
+    "transformer",
+]
 
 MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
     "gcn": {},
@@ -18,6 +30,11 @@ MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
     "gat": {"heads": 8},
     "gcnii": {"alpha": 0.1, "theta": 0.5},
     "resgcn+": {},
+    "deepergcn": {},
+    "jknet": {},
+    "appnp": {"alpha": 0.1},
+    "dagnn": {},
+    "transformer": {"heads": 8},
 }
 """The options that each model has besides the common ones, with their defaults."""
 
@@ -97,11 +114,11 @@ class ModelConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Element type of weights and activations."""
     alpha: float | None = None
-    """gcnii (0.1): share of the first representation h0 in each layer, in [0, 1]."""
+    """gcnii, appnp (0.1): share of the first representation h0 in each layer, in [0, 1]."""
     theta: float | None = None
     """gcnii (0.5): strength of the weights; layer i uses log(theta / i + 1)."""
     heads: int | None = None
-    """gat (8): attention heads; must divide hidden_channels."""
+    """gat, transformer (8): attention heads; must divide hidden_channels."""
     train_eps: bool | None = None
     """gin (false): learn the weight of a node's own row."""
 

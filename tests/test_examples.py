@@ -45,7 +45,7 @@ def write_data(root: Path, name: str) -> None:
         write(root / f"split/{scheme}/{part}.csv.gz", ([i] for i in ids))
     if name == "ogbn_papers100m":
         (root / "raw").mkdir()
-        counts = {"num_nodes_list": [NUM_NODES], "num_edges_list": [len(edges)]}
+        counts: dict[str, Any] = {"num_nodes_list": [NUM_NODES], "num_edges_list": [len(edges)]}
         np.savez(root / "raw/data.npz", edge_index=edges.T, node_feat=features, **counts)
         np.savez(root / "raw/node-label.npz", node_label=labels.astype(np.float32))
         return

@@ -12,9 +12,11 @@ from gnnpipe.models.gcn import GCNLayer
 from gnnpipe.models.gcnii import GCNIILayer
 from gnnpipe.models.gin import GINLayer
 from gnnpipe.models.io import InputLayer, OutputLayer
+from gnnpipe.models.jknet import JKLayer, JKOutputLayer
 from gnnpipe.models.layer import GraphView, Layer
 from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
 from gnnpipe.models.sage import SAGELayer
+from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_layer
 
 __all__ = ["OPTIONS", "GraphView", "Layer", "build_layers"]
 
@@ -25,8 +27,20 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "gat": {"heads": 8},
     "gcnii": {"alpha": 0.1, "theta": 0.5},
     "resgcn+": {},
+    "deepergcn": {},
+    "jknet": {},
+    "appnp": {"alpha": 0.1},
+    "dagnn": {},
+    "transformer": {"heads": 8},
 }
 """Each model's own options and their defaults."""
+
+HEADS: Mapping[str, type[OutputLayer] | type[ResGCNOutputLayer] | type[JKOutputLayer]] = {
+    "resgcn+": ResGCNOutputLayer,
+    "deepergcn": ResGCNOutputLayer,
+    "transformer": ResGCNOutputLayer,
+    "jknet": JKOutputLayer,
+}
 
 
 def build_layers(
@@ -64,9 +78,13 @@ def build_layers(
     first = InputLayer(
         in_channels, hidden_channels, dropout=dropout, writes=writes, row_entries=row_entries
     )
+    if name in ("appnp", "dagnn"):
+        widths, alpha = (hidden_channels, out_channels), chosen.get("alpha")
+        hops = decoupled_layers(widths=widths, num_hops=num_layers, dropout=dropout, alpha=alpha)
+        return [first, *hops]
     indices = range(1, num_layers + 1)
     middle = [_convolution(name, hidden_channels, i, dropout, chosen) for i in indices]
-    head = ResGCNOutputLayer if name == "resgcn+" else OutputLayer
+    head = HEADS.get(name, OutputLayer)
     return [first, *middle, head(hidden_channels, out_channels, dropout=dropout)]
 
 
@@ -96,5 +114,11 @@ def _convolution(
         case "gcnii":
             alpha, theta = options["alpha"], options["theta"]
             return GCNIILayer(channels, layer_index, dropout=dropout, alpha=alpha, theta=theta)
+        case "deepergcn":
+            return deepergcn_layer(channels, dropout=dropout)
+        case "transformer":
+            return transformer_layer(channels, heads=int(options["heads"]), dropout=dropout)
+        case "jknet":
+            return JKLayer(channels, dropout=dropout, is_first=layer_index == 1)
         case _:
             return ResGCNLayer(channels, dropout=dropout)

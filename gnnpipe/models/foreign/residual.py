@@ -15,8 +15,8 @@ class ResidualLayer(Layer):
     """Norm, activation, dropout and a convolution beside the identity.
 
     ``res+``: ``x + conv(dropout(act(norm(x))))``; ``res``: ``dropout(x + act(norm(conv(x))))``;
-    ``plain``: ``dropout(act(norm(conv(x))))``; equal to torch_geometric's ``DeepGCNLayer``. Dropout
-    is counter-based.
+    ``plain``: ``dropout(act(norm(conv(x))))``; equal to torch_geometric's ``DeepGCNLayer``.
+    Dropout is counter-based.
 
     Args:
         conv: a layer that keeps the width, unless ``plain``.
@@ -47,7 +47,8 @@ class ResidualLayer(Layer):
         x = dense(x)
         if self.order == "res+":
             h = graph.dropout(self._rectified(x, graph), self.dropout)
-            return x + self.conv(h, graph)
+            out: Tensor = x + self.conv(h, graph)
+            return out
         h = self._rectified(self.conv(x, graph), graph)
         return graph.dropout(x + h if self.order == "res" else h, self.dropout)
 
