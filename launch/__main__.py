@@ -39,7 +39,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _run_ray(options: argparse.Namespace) -> int:
-    if options.max_restarts < -1 or (options.cpus_per_rank or 1) <= 0:
+    cpus = options.cpus_per_rank
+    if options.max_restarts < -1 or (cpus is not None and cpus <= 0):
         raise UserError(
             f"`--max-restarts` (={options.max_restarts}) must be at least -1 (no limit) and "
             f"`--cpus-per-rank` (={options.cpus_per_rank}) above 0"

@@ -41,9 +41,8 @@ def test_a_job_has_the_losses_of_one_process_and_shows_its_progress(tmp_path: Pa
             process.wait()
     assert process.returncode == 0, error
     assert losses(tmp_path / "ray") == losses(tmp_path / "whole")
-    assert [line for line in error.splitlines() if line.startswith("epoch ")][-1].startswith(
-        "epoch 8"
-    )
+    shown = [line for line in error.splitlines() if line.startswith("epoch ")]
+    assert shown[-1].startswith("epoch 008 | loss ")
     assert out.startswith("best   epoch")
 
 
