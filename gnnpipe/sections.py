@@ -241,7 +241,7 @@ class CommConfig:
     """How messages travel, by kind; evaluations are always exact."""
 
     boundary: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Activations and their gradients between stages; fp32 is as computed, in 64-bit models too."""
+    """Rows between stages and their gradients; fp32 is as computed, in 64-bit models too."""
     carried: Literal["fp32", "bf16", "int8"] = "fp32"
     """Tensors that skip layers, such as h0, and their gradients."""
     halo: Literal["fp32", "bf16", "int8"] = "fp32"
