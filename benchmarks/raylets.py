@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages = f"parallel.num_stages={NUM_RANKS}"
             run(["launch", "ray", "--address", cluster.address], out / f"raylets-{number}", stages)
         finally:
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
         is_same = losses(out / f"raylets-{number}") == wanted
         is_equal &= is_same
         seconds = time.monotonic() - start_s
