@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,7 @@ LATENCY_US = 300.0
 
 def main() -> None:
     """Runs the cells that have no result yet, then prints the table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Leaves no namespace behind.
     options = _options()
     if options.case is not None:
         return run_rank(Path(options.case))
