@@ -10,6 +10,7 @@ from gnnpipe.datasets.npz import load_npz
 from gnnpipe.datasets.ogb import OGB_NAMES, read_ogb
 from gnnpipe.datasets.planetoid import PLANETOID_NAMES, planetoid
 from gnnpipe.datasets.pyg import from_pyg, load_pt
+from gnnpipe.datasets.synthetic import synthetic
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
 
@@ -76,6 +77,8 @@ def _read(name: str, *, root: str | None, split: str, seed: int) -> Graph:
         return digits(seed=seed)
     if name.lower() in OGB_NAMES:
         return read_ogb(name.lower(), root=root)
+    if name.lower().startswith("synthetic:"):
+        return synthetic(name.lower(), seed=seed)
     path = Path(root or "", name).expanduser()
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gnnpipe.kernels import attention_cpu as cpu
+from gnnpipe.kernels.dropout import dropout_edges
 
 Array = np.ndarray[Any, Any]
 
@@ -23,19 +24,19 @@ class EdgeOrder:
     """
 
     def __init__(self, edge_index: Tensor, *, num_sources: int, num_targets: int) -> None:
-        self._edge_index = edge_index
+        self.edge_index = edge_index
         self._sizes = num_sources, num_targets
 
     @cached_property
     def by_target(self) -> tuple[Array, Array]:
         """Offsets of each target's edges, int64, and the sources, int32."""
-        source, target = self._edge_index.numpy()
+        source, target = self.edge_index.numpy()
         return _offsets(target, self._sizes[1]), source.astype(np.int32)
 
     @cached_property
     def by_source(self) -> tuple[Array, Array, Array]:
         """Offsets of each source's edges, their targets and their places, both int32."""
-        source, target = self._edge_index.numpy()
+        source, target = self.edge_index.numpy()
         order = np.argsort(source, kind="stable")
         offsets = _offsets(source, self._sizes[0])
         return offsets, target[order].astype(np.int32), order.astype(np.int32)
@@ -115,9 +116,35 @@ def attend(
     Returns:
         ``[num_targets, heads * C]``.
     """
+    if x.device.type != "cpu":
+        return attend_plainly(x, logit_src, logit_dst, order=order, slope=slope, drop=drop)
     rest = (order, slope, drop)
     out: Tensor = _Attend.apply(x, logit_src, logit_dst, *rest)  # type: ignore[no-untyped-call]
     return out
+
+
+def attend_plainly(
+    x: Tensor,
+    logit_src: Tensor,
+    logit_dst: Tensor,
+    *,
+    order: EdgeOrder,
+    slope: float,
+    drop: EdgeDrop | None,
+) -> Tensor:
+    """The same in plain torch, a message for each edge, for devices without a kernel."""
+    source, target = order.edge_index
+    logit = torch.nn.functional.leaky_relu(logit_src[source] + logit_dst[target], slope)
+    shape = (logit_dst.shape[0], logit.shape[1])
+    index = target.unsqueeze(1).expand_as(logit)
+    top = logit.new_zeros(shape)
+    top = top.scatter_reduce(0, index, logit.detach(), "amax", include_self=False)
+    weight = (logit - top[target]).exp()
+    alpha = weight / logit.new_zeros(shape).index_add(0, target, weight)[target]
+    if drop is not None:
+        alpha = dropout_edges(alpha, drop.source_id, drop.target_id, p=drop.p, key=drop.key)
+    messages = alpha.unsqueeze(2) * x.view(x.shape[0], shape[1], -1)[source]
+    return x.new_zeros((shape[0], x.shape[1])).index_add(0, target, messages.flatten(1))
 
 
 def _drop_arguments(drop: EdgeDrop | None, number: Any) -> tuple[tuple[Any, ...], Any]:
