@@ -1,0 +1,258 @@
+"""Peak memory of each rank for a sweep of stages and ways, beside the closed formula.
+
+    python benchmarks/memory.py --data ../shared/data
+
+Each (S, W) gets fresh processes. A rank first trains a toy graph, which loads libraries, kernels
+and connections; its resident memory then, trimmed, is the baseline. Then it loads its part of the
+real graph from a memory-mapped partition and trains. *Growth* is the highest resident memory
+(``VmHWM``, reset at the baseline) minus the baseline, over building, warm start, epochs and an
+exact evaluation. It counts everything: freed but unreturned pages, and pages of mapped files.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gnnpipe import chunk
+from gnnpipe.assembly import stage_bounds
+from gnnpipe.chunk import ChunkedGraph
+from gnnpipe.config import Config, load_config
+from gnnpipe.datasets import load_graph
+from gnnpipe.environment import end_with_parent
+from gnnpipe.graph import Graph
+from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.mesh import Mesh
+from gnnpipe.preflight import thread_variables
+from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.way import way_graph
+from gnnpipe.world import World, join
+from launch.local import run_local
+from partition import assign
+
+MIB = 2**20
+MESHES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
+FINEST_WAYS = 4
+EPOCHS = 2
+
+
+def main() -> int:
+    """Measures every mesh, then writes the tables."""
+    options = _parser().parse_args()
+    if options.measure is not None:
+        end_with_parent()
+        measure(json.loads(Path(options.measure).read_text()))
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.work / "memory.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {(row["graph"], row["stages"], row["ways"]) for row in map(json.loads, lines)}
+    for name in options.graphs:
+        missing = [mesh for mesh in MESHES if (name, *mesh) not in done]
+        if missing:
+            _cut(name, options)
+        for stages, ways in missing:
+            job = options.work / "job.json"
+            job.write_text(json.dumps(_job(name, stages, ways, options, results)))
+            command = [sys.executable, __file__, "--measure", str(job)]
+            status = run_local(command, stages * ways, variables=thread_variables(1))
+            if status:
+                return status
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    text = "\n".join(_report([row for row in rows if row["graph"] in options.graphs]))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _cut(name: str, options: argparse.Namespace) -> None:
+    """The graph and the toy, cut into the finest ways; coarser ones are nested in them."""
+    graphs = {"toy": _toy(), name: load_graph(str(options.data / f"{name}.npz"))}
+    for key, graph in graphs.items():
+        assignment = assign(
+            graph.indptr, graph.indices, num_chunks=options.chunks, num_ways=FINEST_WAYS
+        )
+        ids = (assignment.chunk_id, assignment.way_id)
+        chunked = chunk.cut(graph, *ids, num_ways=FINEST_WAYS, method="metis", seed=0)
+        chunk.save(chunked, options.work / key, overwrite=True)
+
+
+def _toy() -> Graph:
+    """A ring whose only purpose is to load code."""
+    num_nodes = 2048
+    node = np.arange(num_nodes)
+    ends = np.stack(
+        [np.append(node, (node + 1) % num_nodes), np.append((node + 1) % num_nodes, node)]
+    )
+    return Graph.from_edge_index(
+        ends,
+        name="toy",
+        num_nodes=num_nodes,
+        features=np.ones((num_nodes, 4), np.float32),
+        labels=node % 2,
+        num_classes=2,
+        train_mask=node % 3 == 0,
+        val_mask=node % 3 == 1,
+        test_mask=node % 3 == 2,
+    )
+
+
+def _job(
+    name: str, stages: int, ways: int, options: argparse.Namespace, results: Path
+) -> dict[str, Any]:
+    values = {
+        "model.name": options.model,
+        "model.num_layers": options.layers,
+        "model.hidden_channels": options.channels,
+        "parallel.num_stages": stages,
+        "parallel.num_ways": ways,
+        "partition.num_chunks": options.chunks,
+        "run.threads": 1,
+        "run.timeout_s": 600,
+    }
+    return {
+        "graph": name,
+        "stages": stages,
+        "ways": ways,
+        "overrides": [f"{key}={value}" for key, value in values.items()],
+        "partition": str(options.work / name),
+        "toy": str(options.work / "toy"),
+        "results": str(results),
+    }
+
+
+def measure(job: dict[str, Any]) -> None:
+    """One rank: trains the toy, then the graph; rank 0 appends what all ranks measured."""
+    torch.set_num_threads(1)
+    config = load_config(None, job["overrides"])
+    with join(device="cpu", timeout_s=600.0) as world, world.failing_together():
+        _train(config, chunk.load(job["toy"]), world)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        baseline = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        chunked = chunk.load(job["partition"])
+        run = _train(config, chunked, world)
+        figures = [_status("VmHWM") - baseline, baseline, run.table_bytes, _status("RssFile")]
+        predicted = _predict(config, chunked, world)
+        parts = run.gather(torch.tensor([*figures, *predicted]))
+    if parts:
+        facts = {key: job[key] for key in ("graph", "stages", "ways")}
+        names = ["growth", "baseline", "table_bytes", "file_bytes", *MemoryBytes._fields]
+        row = facts | {"ranks": [dict(zip(names, p.tolist(), strict=True)) for p in parts]}
+        with Path(job["results"]).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _train(config: Config, chunked: ChunkedGraph, world: World) -> PipelineRun:
+    run = PipelineRun(config, chunked, world=world, layers=model_layers(config, chunked))
+    run.warm_start()
+    for epoch in range(1, EPOCHS + 1):
+        run.train_epoch(epoch)
+    run.evaluate()
+    return run
+
+
+def _status(name: str) -> int:
+    """A line of ``/proc/self/status``, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
+
+
+def _predict(config: Config, chunked: ChunkedGraph, world: World) -> MemoryBytes:
+    """The formula for this rank."""
+    mesh = Mesh(config.parallel.num_stages, config.parallel.num_ways)
+    stage, layers = mesh.stage_rank(world.rank), model_layers(config, chunked)
+    bounds = stage_bounds(layers, chunked, num_stages=mesh.num_stages, sizes=None)
+    graph = way_graph(chunked, way=mesh.way(world.rank), num_ways=mesh.num_ways)
+    part = chunked.features[graph.row_id]
+    is_dense = isinstance(part, np.ndarray)
+    return predict_memory_bytes(
+        layers[bounds[stage] : bounds[stage + 1]],
+        is_first=stage == 0,
+        is_pipelined=mesh.num_stages > 1,
+        way=WayCounts(
+            num_rows=graph.num_rows,
+            in_mirrors=graph.in_mirrors.row_id.size,
+            out_mirrors=graph.out_mirrors.row_id.size,
+            num_edges=graph.incoming.indices.size,
+            is_symmetric=graph.outgoing is graph.incoming,
+            largest_chunk=int(np.diff(graph.chunk_ptr).max()),
+        ),
+        features=FeatureCounts(chunked.num_features, None if is_dense else part.nnz),
+        num_chunks=chunked.num_chunks,
+        period=config.history.period,
+        element_bytes=4,
+    )
+
+
+def _report(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The tables as Markdown, with what they were made by."""
+    command = " ".join(["python benchmarks/memory.py", *sys.argv[1:]])
+    yield "# Memory of one rank, by stages and ways"
+    yield ""
+    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    yield f"`{command}`; {cores}, one thread per rank, torch {torch.__version__}; METIS seed 0."
+    yield ""
+    yield (
+        "MiB (2^20 bytes). Growth is peak resident memory above the baseline; rank shown: the one "
+        "that grew most. File: resident pages of mapped files at the end, code included. Error: "
+        "formula / growth - 1, of that rank and the worst of all ranks."
+    )
+    for graph in dict.fromkeys(row["graph"] for row in rows):
+        yield ""
+        yield f"## {graph}"
+        yield ""
+        purposes = " | ".join(MemoryBytes._fields)
+        yield f"| S | W | growth | formula | error | worst | table_bytes | {purposes} | file |"
+        yield "| --- " * 2 + "| ---: " * (6 + len(MemoryBytes._fields)) + "|"
+        yield from (_line(row) for row in rows if row["graph"] == graph)
+
+
+def _line(row: dict[str, Any]) -> str:
+    top = max(row["ranks"], key=lambda rank: rank["growth"])
+    errors = [_formula(rank) / rank["growth"] - 1 for rank in row["ranks"]]
+    error, worst = _formula(top) / top["growth"] - 1, max(errors, key=abs)
+    purposes = [_mib(top[name]) for name in MemoryBytes._fields]
+    figures = [_mib(top["growth"]), _mib(_formula(top)), f"{error:+.1%}", f"{worst:+.1%}"]
+    figures += [_mib(top["table_bytes"]), *purposes, _mib(top["file_bytes"])]
+    return f"| {row['stages']} | {row['ways']} | {' | '.join(figures)} |"
+
+
+def _formula(rank: dict[str, int]) -> int:
+    return sum(rank[name] for name in MemoryBytes._fields)
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:.1f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("../shared/data"), help="folder of the .npz graphs")
+    add("--graphs", nargs="+", default=["coauthor_physics", "amazon_computers"])
+    add("--model", default="gcnii")
+    add("--layers", type=int, default=32)
+    add("--channels", type=int, default=64)
+    add("--chunks", type=int, default=16)
+    add("--work", type=Path, default=Path("runs/memory"), help="partitions and results; resumed")
+    add("--out", type=Path, default=Path("benchmarks/results/memory.md"))
+    add("--measure", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
