@@ -111,13 +111,12 @@ class Comm:
         payload = self._pack(tensor, message.kind)
         self._count(payload, message.kind)
         group = getattr(self._groups, message.channel)
-        work = dist.isend(payload, message.peer, group=group, tag=message.tag)
-        assert work is not None
         kind, peer, tag = message.kind, message.peer, message.tag
+        complaint = f"rank {peer} never took {kind} rows {message.name}"
+        work = self._post(complaint, lambda: dist.isend(payload, peer, group=group, tag=tag))
         if kind != "evaluation":
             self.recorder.send(kind, peer, tag, num_bytes=payload.nbytes, start_s=start_s)
-        what = f"{kind} rows {message.name}"
-        self._keep([(work, kind, f"rank {peer} never took {what}", payload)])
+        self._keep([(work, kind, complaint, payload)])
 
     def flush(self) -> None:
         """Waits until every send has left."""
@@ -131,8 +130,10 @@ class Comm:
         form = self._format(message.kind)
         payload = buffer_for(tensor, form)
         group = getattr(self._groups, message.channel)
-        work = dist.irecv(payload, message.peer, group=group, tag=message.tag)
-        assert work is not None
+        work = self._post(
+            _never_sent(message),
+            lambda: dist.irecv(payload, message.peer, group=group, tag=message.tag),
+        )
         return Pending(self, work, message, tensor, payload, form)
 
     def pull(self, table: Tensor, exchanges: Sequence[Exchange]) -> Callable[[], None]:
@@ -167,28 +168,27 @@ class Comm:
         num_bytes = total * (way + 1) // ways - total * way // ways
         self.sent_bytes["gradient"] += num_bytes
         key = self.recorder.number(SEND, "gradient", COLLECTIVE)
-        work = dist.all_reduce(bucket, group=self._groups.ways, async_op=True)
-        assert work is not None
-        self.recorder.send("gradient", COLLECTIVE, key, num_bytes=num_bytes, start_s=start_s)
         complaint = "some way of this stage never reached the weight sum"
+        work = self._post(
+            complaint, lambda: dist.all_reduce(bucket, group=self._groups.ways, async_op=True)
+        )
+        self.recorder.send("gradient", COLLECTIVE, key, num_bytes=num_bytes, start_s=start_s)
         return lambda: self._wait_for(work, "gradient", complaint, peer=COLLECTIVE, key=key)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Every rank -> every other: the elementwise sum of small CPU tensors."""
-        if self.mesh.world_size > 1:
-            work = dist.all_reduce(values, async_op=True)
-            assert work is not None
-            self._wait_collective(work, "the sum over all ranks")
+        self._reduce(values, dist.ReduceOp.SUM, "the sum over all ranks")
         return values
 
     def largest_over_ranks(self, value: int) -> int:
         """Every rank -> every other: the largest of a number each."""
         largest = torch.tensor(value)
-        if self.mesh.world_size > 1:
-            work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
-            assert work is not None
-            self._wait_collective(work, "the maximum over all ranks")
+        self._reduce(largest, dist.ReduceOp.MAX, "the maximum over all ranks")
         return int(largest)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> None:
+        if self.mesh.world_size > 1:
+            self._reach(what, lambda: dist.all_reduce(values, operation, async_op=True))()
 
     def gather_at_first(self, values: Tensor) -> Callable[[], list[Tensor]]:
         """Every rank -> rank 0: small CPU tensors of one shape.
@@ -199,12 +199,14 @@ class Comm:
         if self.mesh.world_size == 1:
             return lambda: [values]
         parts = [torch.empty_like(values) for _ in range(self.mesh.world_size)]
-        work = dist.gather(values, parts if self.rank == 0 else None, async_op=True)
-        assert work is not None
+        arrive = self._reach(
+            "the end of the epoch",
+            lambda: dist.gather(values, parts if self.rank == 0 else None, async_op=True),
+        )
         kept = [values]  # Until it has left.
 
         def wait() -> list[Tensor]:
-            self._wait_collective(work, "the end of the epoch")
+            arrive()
             kept.clear()
             return parts if self.rank == 0 else []
 
@@ -213,16 +215,16 @@ class Comm:
     def tell(self, peer: int, numbers: Sequence[float]) -> None:
         """This rank -> ``peer``: a few numbers, received by :meth:`hear`."""
         values = torch.tensor(numbers, dtype=torch.float64)
-        work = dist.isend(values, peer, tag=_NUMBERS_TAG)
-        assert work is not None
-        self._wait_for(work, "ranks", f"rank {peer} never took a few numbers")
+        complaint = f"rank {peer} never took a few numbers"
+        work = self._post(complaint, lambda: dist.isend(values, peer, tag=_NUMBERS_TAG))
+        self._wait_for(work, "ranks", complaint)
 
     def hear(self, peer: int, count: int) -> list[float]:
         """``peer`` -> this rank: as many numbers as it tells."""
         values = torch.empty(count, dtype=torch.float64)
-        work = dist.irecv(values, peer, tag=_NUMBERS_TAG)
-        assert work is not None
-        self._wait_for(work, "ranks", f"rank {peer} never told a few numbers")
+        complaint = f"rank {peer} never told a few numbers"
+        work = self._post(complaint, lambda: dist.irecv(values, peer, tag=_NUMBERS_TAG))
+        self._wait_for(work, "ranks", complaint)
         numbers: list[float] = values.tolist()
         return numbers
 
@@ -271,8 +273,9 @@ class Comm:
         leaving = [(self._way_rank(way), payload) for way, payload in sends if payload.numel()]
         operations = [self._operation(dist.irecv, peer, rows, kind) for peer, _, rows in coming]
         operations += [self._operation(dist.isend, peer, rows, kind) for peer, rows in leaving]
-        works = dist.batch_isend_irecv(operations) if operations else []
         complaint = f"another way of this stage never traded its {kind}"
+        with self._blaming(complaint):
+            works = dist.batch_isend_irecv(operations) if operations else []
         for peer, payload in leaving:
             self._record_send(kind, peer, payload, start_s)
         keys = [(peer, self._number(WAIT, kind, peer)) for peer, _, _ in coming]
@@ -335,8 +338,11 @@ class Comm:
     def _count(self, tensor: Tensor, kind: Kind) -> None:
         self.sent_bytes[self._counted_as or kind] += tensor.numel() * tensor.element_size()
 
-    def _wait_collective(self, work: dist.Work, what: str) -> None:
-        self._wait_for(work, "ranks", f"some rank never reached {what}")
+    def _reach(self, what: str, post: Callable[[], dist.Work | None]) -> Callable[[], None]:
+        """Starts what all ranks do together; returns a function that waits for it."""
+        complaint = f"some rank never reached {what}"
+        work = self._post(complaint, post)
+        return lambda: self._wait_for(work, "ranks", complaint)
 
     def _wait_for(
         self,
@@ -348,17 +354,34 @@ class Comm:
         key: int = _NO_KEY,
     ) -> None:
         start_s = time.perf_counter()
-        try:
+        with self._blaming(complaint):
             work.wait(self._timeout)
+        end_s = time.perf_counter()
+        self.wait_s[kind] += end_s - start_s
+        if key != _NO_KEY and kind in MESSAGE_KINDS:
+            self.recorder.wait(kind, peer, key, start_s=start_s, end_s=end_s)
+
+    def _post(self, complaint: str, operation: Callable[[], dist.Work | None]) -> dist.Work:
+        """Starts an operation: that fails as waiting does where the other rank has gone."""
+        with self._blaming(complaint):
+            work = operation()
+        assert work is not None
+        return work
+
+    @contextmanager
+    def _blaming(self, complaint: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        try:
+            yield
         except RuntimeError as error:
             raise PeerError(
                 f"{complaint}, waited {time.perf_counter() - start_s:.1f} s "
                 f"(limit {self._timeout.total_seconds():g} s) in {self._action}: {error}"
             ) from error
-        end_s = time.perf_counter()
-        self.wait_s[kind] += end_s - start_s
-        if key != _NO_KEY and kind in MESSAGE_KINDS:
-            self.recorder.wait(kind, peer, key, start_s=start_s, end_s=end_s)
+
+
+def _never_sent(message: Message) -> str:
+    return f"rank {message.peer} never sent {message.kind} rows {message.name}"
 
 
 class Pending(NamedTuple):
@@ -374,7 +397,7 @@ class Pending(NamedTuple):
     def take(self) -> Tensor:
         """Waits for the tensor."""
         message = self.message
-        complaint = f"rank {message.peer} never sent {message.kind} rows {message.name}"
+        complaint = _never_sent(message)
         key = {"peer": message.peer, "key": message.tag}
         self.comm._wait_for(self.work, message.kind, complaint, **key)
         unpack(self.payload, self.form, target=self.tensor)

@@ -57,7 +57,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             "order": "shuffled",
             "cross_chunk_gradient": 2.0,
         },
-    }
+    },
 }
 
 

@@ -91,10 +91,10 @@ class LiveDisplay:
 
 def _figures(record: EpochRecord, accuracy: Mapping[str, float | None] | None) -> tuple[str, ...]:
     """Loss, validation figure of the latest evaluation, time and bubble, in fixed width."""
-    val = f"{accuracy['val']:5.3f}" if accuracy and "val" in accuracy else "  -  "
+    val = (accuracy or {}).get("val")  # None where nobody validates
     return (
         f"loss {record.loss:5.3f}",
-        f"val {val}",
+        "val   -  " if val is None else f"val {val:5.3f}",
         f"{record.epoch_s * 1e3:3.0f} ms",
         f"bubble {record.bubble_fraction:4.2f}",
     )

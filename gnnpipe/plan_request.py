@@ -51,9 +51,7 @@ def plan_request(options: argparse.Namespace, config: Config) -> PlanRequest:
         if not value > 0:
             raise UserError(f"`--{name}` (={value:g}) must be above 0; give what the machine has")
     if not options.latency_us >= 0:
-        raise UserError(
-            f"`--latency-us` (={options.latency_us:g}) must be at least 0; 50 is fair"
-        )
+        raise UserError(f"`--latency-us` (={options.latency_us:g}) must be at least 0; 50 is fair")
     if options.profile is not None and not os.path.isfile(options.profile):
         raise UserError(f"`--profile` (={options.profile}) must be a file that exists; check it")
     return PlanRequest(

@@ -55,10 +55,10 @@ class Found(NamedTuple):
 def prepare_run_directory(
     path: str | Path, config_text: str, *, is_resumable: bool = True
 ) -> Found:
-    """Makes a directory ready for a run, or finds that the run is done, or that it can go on.
+    """Checks that a run may use a directory, or finds that the run is done, or that it can go on.
 
     Args:
-        path: The run directory, created with its parents.
+        path: The run directory; not created yet, lest a mistake in the data leave it empty.
         config_text: The resolved configuration as YAML.
         is_resumable: Whether a run may go on where it stopped.
 
@@ -67,7 +67,7 @@ def prepare_run_directory(
             must not go on.
     """
     directory = Path(path)
-    _make_writable(directory)
+    _check_writable(directory)
     if not any((directory / name).exists() for name in RUN_MARKS):
         return Found("new", None)
     here = _flatten(yaml.safe_load(config_text))
@@ -160,11 +160,14 @@ def summary_text(summary: Mapping[str, Any], directory: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _make_writable(directory: Path) -> None:
+def _check_writable(directory: Path) -> None:
+    """Checks that files can be made there; what is missing is left for the run to make."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        nearest = directory.absolute()
+        while not nearest.exists() and not nearest.is_symlink():
+            nearest = nearest.parent
         # Asks the file system itself: permission bits say nothing about read-only mounts.
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise UserError(

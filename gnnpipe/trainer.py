@@ -31,7 +31,7 @@ from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
 from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
-from gnnpipe.preflight import resolve_threads
+from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
 from gnnpipe.run_directory import PARTITION_DIR, TRACE_FILE, WEIGHTS_DIR, flatten, summary_text
 from gnnpipe.runs import (
@@ -104,6 +104,7 @@ class Trainer:
         if self.config.parallel.plan == "auto":
             self.config = self._planned(world)
         config = self.config
+        check_world_size(config, world.world_size)
         start = Start(**json.loads(world.first("setup", self._set_up)))
         if start.summary is not None:
             return Outcome(start.summary if world.rank == 0 else {})

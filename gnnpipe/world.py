@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -67,7 +67,7 @@ class World:
         if self.rank == 0:
             try:
                 outcome = {"value": action()}
-            except ValueError as error:
+            except UserError as error:
                 self._store.set(key, json.dumps({"error": str(error)}))
                 raise
             self._store.set(key, json.dumps(outcome))
@@ -79,20 +79,27 @@ class World:
     def _await(self, key: str, name: str) -> bytes:
         assert self._store is not None
         deadline = time.monotonic() + SETUP_TIMEOUT_S
-        while not self._store.check([key]):
-            self.raise_for_failed_peer()
+        while True:
+            # In this order: after a user's mistake rank 0 answers first, then reports a failure.
+            failure = self._peer_failure()
+            if self._store.check([key]):
+                break
+            if failure is not None:
+                raise PeerError(failure)
             if time.monotonic() > deadline:
                 raise PeerError(f"rank 0 did not finish {name} within {SETUP_TIMEOUT_S:g} s")
             time.sleep(_POLL_S)
         value: bytes = self._store.get(key)
         return value
 
-    def raise_for_failed_peer(self) -> None:
-        """Raises PeerError when another rank has reported a failure."""
-        if self._store is not None and self._store.check([_FAILURE_KEY]):
-            failure = json.loads(self._store.get(_FAILURE_KEY))
-            if failure["rank"] != self.rank:
-                raise PeerError(f"rank {failure['rank']} failed: {failure['what']}")
+    def _peer_failure(self) -> str | None:
+        """What another rank has reported, if one has."""
+        if self._store is None or not self._store.check([_FAILURE_KEY]):
+            return None
+        failure = json.loads(self._store.get(_FAILURE_KEY))
+        if failure["rank"] == self.rank:
+            return None
+        return f"rank {failure['rank']} {failure['what']}"
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -102,7 +109,7 @@ class World:
         except PeerError as error:
             self._blame(error)
         except Exception as error:
-            self._report(f"{type(error).__name__}: {error}")
+            self._report(f"failed: {type(error).__name__}: {error}")
             raise
 
     def _blame(self, error: PeerError) -> None:
@@ -110,12 +117,14 @@ class World:
         deadline = time.monotonic() + _BLAME_S
         while time.monotonic() < deadline:
             try:
-                self.raise_for_failed_peer()
-            except PeerError as cause:
-                raise cause from None
+                failure = self._peer_failure()
             except RuntimeError:  # The store went with the rank that held it.
                 break
+            if failure is not None:
+                raise PeerError(failure) from None
             time.sleep(_POLL_S)
+        # Those who stop because of this rank shall know why it did.
+        self._report(f"stopped: {error}")
         raise PeerError(f"{error}{self._roll_call()}") from error
 
     def answer(self, describe: Callable[[], str]) -> None:
@@ -166,7 +175,8 @@ class World:
     def _report(self, what: str) -> None:
         if self._store is not None:
             text = json.dumps({"rank": self.rank, "what": what.splitlines()[0]})
-            self._store.compare_set(_FAILURE_KEY, "", text)
+            with suppress(RuntimeError):  # The store went with the rank that held it.
+                self._store.compare_set(_FAILURE_KEY, "", text)
 
 
 @contextmanager
@@ -179,8 +189,9 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
     """
     chosen = _device(device)
     if dist.is_initialized():  # inside a user's own script
-        store = dist.distributed_c10d._get_default_store()
-        world = World(dist.get_rank(), dist.get_world_size(), device=chosen, store=store)
+        rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+        own = _own_part(store, rank)
+        world = World(rank, dist.get_world_size(), device=chosen, store=own)
         yield world
         world.close()
         return
@@ -195,11 +206,17 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    world = World(rank, world_size, device=chosen, store=store)
+    world = World(rank, world_size, device=chosen, store=_own_part(store, rank))
     yield world
     world.close()
     # Only after success: tearing down beside a failed rank would wait for it.
     dist.destroy_process_group()
+
+
+def _own_part(store: Store, rank: int) -> Store:
+    """A part of the store for this run alone: a script may train several times."""
+    run_index = store.add(f"gnnpipe/runs/{rank}", 1)
+    return PrefixStore(f"gnnpipe/run-{run_index}", store)
 
 
 def _meet(timeout: timedelta) -> tuple[Store, int, int]:

@@ -1,10 +1,11 @@
 """What every test file may use: the shared real graphs, and one thread per process."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from process_pool import ProcessPool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,3 +30,10 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPool]:
+    """Eight processes that run distributed jobs, started when a test first asks for them."""
+    with ProcessPool(8, tmp_path_factory.mktemp("pool")) as started:
+        yield started

@@ -247,7 +247,7 @@ def test_failure_of_another_rank_is_one_line(
 
     monkeypatch.setenv("RANK", "1")
     assert guarded(fail) == 1
-    assert capsys.readouterr().err == "[rank 1] rank 2 failed: RuntimeError: first\n"
+    assert capsys.readouterr().err == "[rank 1] stopped: rank 2 failed: RuntimeError: first\n"
 
 
 def test_plain_value_error_is_no_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,10 @@ MISTAKES = [
     ("model.dropout=-0.1", r"`model.dropout` \(=-0.1\) must be at least 0 and below 1"),
     ("model.alpha=1.5", r"`model.alpha` \(=1.5\) must be between 0 and 1"),
     ("model.theta=-1", r"`model.theta` \(=-1.0\) must be at least 0"),
-    ("model.heads=4", r"`model.heads` \(=4\) is an option of gat, .*not of `model.name` \(=gcnii\)"),
+    (
+        "model.heads=4",
+        r"`model.heads` \(=4\) is an option of gat, .*not of `model.name` \(=gcnii\)",
+    ),
     ("model={name: gin, alpha: 0.2}", r"`model.alpha` \(=0.2\) is an option of gcnii"),
     ("model={name: gat, heads: 0}", r"`model.heads` \(=0\) must be at least 1"),
     ("model={name: gat, heads: 7}", r"`model.heads` \(=7\) must divide `model.hidden_channels`"),
