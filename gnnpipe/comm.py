@@ -112,7 +112,7 @@ class Comm:
         self._count(payload, message.kind)
         group = getattr(self._groups, message.channel)
         kind, peer, tag = message.kind, message.peer, message.tag
-        complaint = f"rank {peer} never took {kind} rows {message.name}"
+        complaint = message.complaint("took")
         work = self._post(complaint, lambda: dist.isend(payload, peer, group=group, tag=tag))
         if kind != "evaluation":
             self.recorder.send(kind, peer, tag, num_bytes=payload.nbytes, start_s=start_s)
@@ -131,7 +131,7 @@ class Comm:
         payload = buffer_for(tensor, form)
         group = getattr(self._groups, message.channel)
         work = self._post(
-            _never_sent(message),
+            message.complaint("sent"),
             lambda: dist.irecv(payload, message.peer, group=group, tag=message.tag),
         )
         return Pending(self, work, message, tensor, payload, form)
@@ -188,7 +188,8 @@ class Comm:
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> None:
         if self.mesh.world_size > 1:
-            self._reach(what, lambda: dist.all_reduce(values, operation, async_op=True))()
+            complaint = f"some rank never reached {what}"
+            self._start(complaint, lambda: dist.all_reduce(values, operation, async_op=True))()
 
     def gather_at_first(self, values: Tensor) -> Callable[[], list[Tensor]]:
         """Every rank -> rank 0: small CPU tensors of one shape.
@@ -199,8 +200,8 @@ class Comm:
         if self.mesh.world_size == 1:
             return lambda: [values]
         parts = [torch.empty_like(values) for _ in range(self.mesh.world_size)]
-        arrive = self._reach(
-            "the end of the epoch",
+        arrive = self._start(
+            "some rank never reached the end of the epoch",
             lambda: dist.gather(values, parts if self.rank == 0 else None, async_op=True),
         )
         kept = [values]  # Until it has left.
@@ -216,15 +217,13 @@ class Comm:
         """This rank -> ``peer``: a few numbers, received by :meth:`hear`."""
         values = torch.tensor(numbers, dtype=torch.float64)
         complaint = f"rank {peer} never took a few numbers"
-        work = self._post(complaint, lambda: dist.isend(values, peer, tag=_NUMBERS_TAG))
-        self._wait_for(work, "ranks", complaint)
+        self._start(complaint, lambda: dist.isend(values, peer, tag=_NUMBERS_TAG))()
 
     def hear(self, peer: int, count: int) -> list[float]:
         """``peer`` -> this rank: as many numbers as it tells."""
         values = torch.empty(count, dtype=torch.float64)
         complaint = f"rank {peer} never told a few numbers"
-        work = self._post(complaint, lambda: dist.irecv(values, peer, tag=_NUMBERS_TAG))
-        self._wait_for(work, "ranks", complaint)
+        self._start(complaint, lambda: dist.irecv(values, peer, tag=_NUMBERS_TAG))()
         numbers: list[float] = values.tolist()
         return numbers
 
@@ -338,10 +337,11 @@ class Comm:
     def _count(self, tensor: Tensor, kind: Kind) -> None:
         self.sent_bytes[self._counted_as or kind] += tensor.numel() * tensor.element_size()
 
-    def _reach(self, what: str, post: Callable[[], dist.Work | None]) -> Callable[[], None]:
-        """Starts what all ranks do together; returns a function that waits for it."""
-        complaint = f"some rank never reached {what}"
-        work = self._post(complaint, post)
+    def _start(
+        self, complaint: str, operation: Callable[[], dist.Work | None]
+    ) -> Callable[[], None]:
+        """Posts what ranks agree with; returns a function that waits for it."""
+        work = self._post(complaint, operation)
         return lambda: self._wait_for(work, "ranks", complaint)
 
     def _wait_for(
@@ -380,10 +380,6 @@ class Comm:
             ) from error
 
 
-def _never_sent(message: Message) -> str:
-    return f"rank {message.peer} never sent {message.kind} rows {message.name}"
-
-
 class Pending(NamedTuple):
     """A receive on its way."""
 
@@ -397,8 +393,7 @@ class Pending(NamedTuple):
     def take(self) -> Tensor:
         """Waits for the tensor."""
         message = self.message
-        complaint = _never_sent(message)
         key = {"peer": message.peer, "key": message.tag}
-        self.comm._wait_for(self.work, message.kind, complaint, **key)
+        self.comm._wait_for(self.work, message.kind, message.complaint("sent"), **key)
         unpack(self.payload, self.form, target=self.tensor)
         return self.tensor

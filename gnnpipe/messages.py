@@ -35,6 +35,10 @@ class Message(NamedTuple):
     name: str
     """What an error calls it, such as ``2B17``."""
 
+    def complaint(self, verb: str) -> str:
+        """What an error says when the peer never ``sent`` or ``took`` it."""
+        return f"rank {self.peer} never {verb} {self.kind} rows {self.name}"
+
 
 class Formats(NamedTuple):
     """The format of each kind of message, and the seed of random rounding."""
