@@ -6,7 +6,6 @@ from math import exp, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
@@ -14,7 +13,6 @@ from gnnpipe.config import Config
 from gnnpipe.costs import Line, Links, Profile
 from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts
-from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.planner import (
     GraphShape,
@@ -27,7 +25,7 @@ from gnnpipe.planner import (
     settings,
 )
 from gnnpipe.profiling import measure
-from gnnpipe.runs import model_layers
+from gnnpipe.runs import layers_between, model_layers
 from gnnpipe.schedule import draw
 from gnnpipe.volume import MirrorCounts
 from partition import assign
@@ -112,17 +110,7 @@ def assumed_shape(counts: Counts) -> GraphShape:
 
 def assumed_layers(config: Config, counts: Counts) -> list[Layer]:
     """The configured model for such a graph, without storage."""
-    model = config.model
-    with torch.device("meta"):
-        return build_layers(
-            model.name,
-            in_channels=counts.num_features,
-            hidden_channels=model.hidden_channels,
-            out_channels=counts.num_classes,
-            num_layers=model.num_layers,
-            dropout=model.dropout,
-            options=model.options,
-        )
+    return layers_between(config, counts.num_features, counts.num_classes)
 
 
 def predict_all(

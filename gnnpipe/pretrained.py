@@ -10,9 +10,9 @@ from gnnpipe.config import Config, load_config
 from gnnpipe.errors import UserError
 from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
-from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.run_directory import CONFIG_FILE, WEIGHTS_DIR
+from gnnpipe.runs import layers_between
 from gnnpipe.state import load_state, named_state
 from gnnpipe.weights import check_weights, load_weights
 
@@ -73,18 +73,8 @@ class PretrainedModel(nn.Module):
 
 def _built(config: Config, tensors: dict[str, Tensor]) -> list[Layer]:
     """The configured model without storage; its ends are as wide as the weights."""
-    model = config.model
-    first, last = "layers.0.lin.weight", f"layers.{model.num_layers + 1}.lin.weight"
+    first, last = "layers.0.lin.weight", f"layers.{config.model.num_layers + 1}.lin.weight"
     for name in (first, last):
         if name not in tensors:
             raise UserError(f"weights must hold `{name}`; load the weights of this very model")
-    with torch.device("meta"):
-        return build_layers(
-            model.name,
-            in_channels=tensors[first].shape[1],
-            hidden_channels=model.hidden_channels,
-            out_channels=tensors[last].shape[0],
-            num_layers=model.num_layers,
-            dropout=model.dropout,
-            options=model.options,
-        )
+    return layers_between(config, tensors[first].shape[1], tensors[last].shape[0])

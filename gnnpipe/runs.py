@@ -95,16 +95,30 @@ class Run(Protocol):
 
 
 def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
-    """Builds the configured model without storage: shapes, but no memory."""
-    model = config.model
+    """Builds the configured model for a graph, without storage: shapes, but no memory."""
     features = graph.features
     row_entries = None if isinstance(features, np.ndarray) else features.nnz / graph.num_nodes
+    return layers_between(config, graph.num_features, graph.num_classes, row_entries=row_entries)
+
+
+def layers_between(
+    config: Config, in_channels: int, out_channels: int, *, row_entries: float | None = None
+) -> list[Layer]:
+    """Builds the configured model between two widths, without storage.
+
+    Args:
+        config: the run.
+        in_channels: number of features.
+        out_channels: number of classes.
+        row_entries: mean number of stored features of a node; None for dense ones.
+    """
+    model = config.model
     with torch.device("meta"):
         return build_layers(
             model.name,
-            in_channels=graph.num_features,
+            in_channels=in_channels,
             hidden_channels=model.hidden_channels,
-            out_channels=graph.num_classes,
+            out_channels=out_channels,
             num_layers=model.num_layers,
             dropout=model.dropout,
             options=model.options,
