@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -50,6 +50,7 @@ class World:
         self.device = device
         self._store = store
         self._is_over = threading.Event()
+        self._listener: threading.Thread | None = None
 
     def first(self, name: str, action: Callable[[], str]) -> str:
         """Lets rank 0 do something and tells everyone the outcome.
@@ -134,11 +135,18 @@ class World:
             describe: what this rank is doing.
         """
         if self._store is not None:
-            threading.Thread(target=self._listen, args=(describe,), daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, args=(describe,), daemon=True)
+            self._listener.start()
 
     def close(self) -> None:
-        """No more answers."""
+        """No more answers.
+
+        The listener ends before the interpreter does: a thread that comes back from the store's
+        C++ into an interpreter that is shutting down ends the process with SIGABRT.
+        """
         self._is_over.set()
+        if self._listener is not None:
+            self._listener.join(timeout=_ANSWER_S)
 
     def _listen(self, describe: Callable[[], str]) -> None:
         assert self._store is not None
@@ -192,8 +200,8 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
         rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
         own = _own_part(store, rank)
         world = World(rank, dist.get_world_size(), device=chosen, store=own)
-        yield world
-        world.close()
+        with closing(world):
+            yield world
         return
     if environment.world_size() == 1:
         yield World(0, 1, device=chosen, store=None)
@@ -207,8 +215,8 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
         timeout=timedelta(seconds=timeout_s),
     )
     world = World(rank, world_size, device=chosen, store=_own_part(store, rank))
-    yield world
-    world.close()
+    with closing(world):
+        yield world
     # Only after success: tearing down beside a failed rank would wait for it.
     dist.destroy_process_group()
 

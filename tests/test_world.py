@@ -1,6 +1,9 @@
 """How the processes of a run agree on what rank 0 did, and fail together."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +157,34 @@ def test_first_failure_counts() -> None:
             raise error
     with pytest.raises(PeerError, match="early"), second.failing_together():
         raise PeerError("connection closed")
+
+
+LEAVES = """
+import sys
+import torch.distributed as dist
+from gnnpipe import world
+world._LISTEN_S = 0.0
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+with world.join(device="cpu", timeout_s=10) as joined:
+    joined.answer(lambda: "nothing")
+    if sys.argv[2] == "fail":
+        raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("succeed", 0), ("fail", 3)])
+def test_a_busy_listener_does_not_abort_the_end_of_the_process(
+    end: str, status: int, tmp_path: Path
+) -> None:
+    for attempt in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVES, str(tmp_path / f"store-{attempt}"), end],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (status, "")
 
 
 class BrokenStore:
