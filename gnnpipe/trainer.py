@@ -1,58 +1,40 @@
-"""The main flow: find the graph, cut it, train epoch by epoch, evaluate, log, save."""
+"""The main flow: find the graph, cut it, make the run, train."""
 
 import json
 import logging
-import math
-import resource
-import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import torch
 from torch import nn
 
-from gnnpipe import checkpoint, chunk
+from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
-from gnnpipe.comm import KINDS
-from gnnpipe.config import Config, to_dict, to_yaml
+from gnnpipe.config import Config
 from gnnpipe.costs import LATENCY_US, LOCAL_GBPS, Links
 from gnnpipe.datasets import from_pyg, load_graph
-from gnnpipe.errors import Stopped, UserError
+from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
-from gnnpipe.metrics import EpochRecord, time_shares
+from gnnpipe.loop import EpochEnd, LoopPlan, Outcome, finished, fit_epochs
 from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
 from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
-from gnnpipe.run_directory import PARTITION_DIR, TRACE_FILE, WEIGHTS_DIR, flatten, summary_text
+from gnnpipe.run_directory import PARTITION_DIR, summary_text
 from gnnpipe.runs import (
-    WAIT_KINDS,
     PipelineRun,
     ReferenceRun,
-    Run,
     configured_task,
     model_layers,
 )
-from gnnpipe.saving import Saver
-from gnnpipe.shards import Shards
 from gnnpipe.stopping import StopRequest, stop_requests
-from gnnpipe.telemetry import Done, RunLog
-from gnnpipe.weights import save_weights
 from gnnpipe.world import World, join
 from partition import PartitionError, assign
-
-LIBRARIES = ("gnnpipe", "torch", "numpy", "numba", "pymetis")
-
-EpochEnd = Callable[[EpochRecord], None]
 
 logger = logging.getLogger("gnnpipe")
 
@@ -99,7 +81,7 @@ class Trainer:
             outcome = self._fit(world, request)
         return finished(outcome)
 
-    def _fit(self, world: World, request: StopRequest) -> "Outcome":
+    def _fit(self, world: World, request: StopRequest) -> Outcome:
         """Everything between joining and leaving the other processes."""
         if self.config.parallel.plan == "auto":
             self.config = self._planned(world)
@@ -177,7 +159,7 @@ def run_reference(config: Config) -> None:
     sys.stdout.write(summary_text(finished(outcome), config.run.dir) + "\n")
 
 
-def _fit_reference(config: Config, world: World, request: StopRequest) -> "Outcome":
+def _fit_reference(config: Config, world: World, request: StopRequest) -> Outcome:
     start = find_start(config)
     if start.summary is not None:
         return Outcome(start.summary)
@@ -189,107 +171,6 @@ def _fit_reference(config: Config, world: World, request: StopRequest) -> "Outco
         check_same(start.state, facts)
     run = ReferenceRun(config, graph, device=world.device)
     return fit_epochs(run, LoopPlan(config, start, threads, facts), request)
-
-
-class Outcome(NamedTuple):
-    """How the epoch loop ended."""
-
-    summary: dict[str, Any]
-    """On rank 0, of a finished run."""
-    stopped: Stopped | None = None
-    """Why it ended early."""
-
-
-def finished(outcome: Outcome) -> dict[str, Any]:
-    """The summary of a run that was not stopped."""
-    if outcome.stopped is not None:
-        raise outcome.stopped
-    return outcome.summary
-
-
-class LoopPlan(NamedTuple):
-    """What the epoch loop has to know besides the run itself."""
-
-    config: Config
-    start: Start
-    threads: int
-    """CPU threads of each rank."""
-    facts: Mapping[str, Any]
-    """What a checkpoint must have in common with the run."""
-    on_epoch_end: Sequence[EpochEnd] = ()
-    """Called on rank 0 with every epoch's figures."""
-
-
-def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
-    """The epoch loop: one optimizer step, then now and then an evaluation, every epoch logged.
-
-    Args:
-        run: this rank's part of the run.
-        plan: where to start and what to do.
-        request: tells when somebody wants the run to stop.
-    """
-    config, start = plan.config, plan.start
-    every, epochs = config.checkpoint.every, config.training.epochs
-    best_val = _restore(run, start)
-    saver = Saver(
-        run,
-        config.run.dir,
-        keep=config.checkpoint.keep,
-        histories=config.checkpoint.histories == "save",
-    )
-    log = _open_log(config, start) if run.rank == 0 else None
-    with log or nullcontext():
-        for epoch in range(start.epoch + 1, epochs + 1):
-            record, val = _epoch(run, config, epoch)
-            if log and record:
-                log.epoch(record)
-                for callback in plan.on_epoch_end:
-                    callback(record)
-            if val > best_val:
-                best_val = val
-                _save(run, config, "best", epoch)
-            stopper = _stopper(run, request) if every else None
-            if every and (epoch % every == 0 or epoch == epochs or stopper):
-                if log:
-                    log.sync()
-                saver.save(epoch, _state(plan, log, val=val, best_val=best_val))
-            if stopper and epoch < epochs:
-                return Outcome({}, Stopped(stopper, epoch))
-        _save(run, config, "last", epochs)
-        if log and config.run.trace:
-            run.write_trace(Path(config.run.dir) / TRACE_FILE)
-        return Outcome(log.finish(_facts(run, plan.threads)) if log else {})
-
-
-def _restore(run: Run, start: Start) -> float:
-    """Loads the checkpoint to start from, if any; returns the best validation figure so far."""
-    if start.path is None:
-        return -math.inf
-    with Shards(checkpoint.shard_paths(start.path)) as shards:
-        run.restore(shards)
-    best_val = start.state["best_val"]
-    return -math.inf if best_val is None else float(best_val)
-
-
-def _state(plan: LoopPlan, log: RunLog | None, *, val: float, best_val: float) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors; only rank 0's is written."""
-    finite = {"val": val, "best_val": best_val}
-    return {
-        **{name: figure if math.isfinite(figure) else None for name, figure in finite.items()},
-        **{key: plan.facts[key] for key in ("graph_fingerprint", "chunk_id_sha256")},
-        "wall_s": log.wall_s if log else 0.0,
-        "threads": plan.threads,
-        "config": flatten(to_dict(plan.config)),
-    }
-
-
-def _stopper(run: Run, request: StopRequest) -> str | None:
-    """The signal that any rank was asked to stop with; all ranks find the same."""
-    asked = torch.zeros(65, dtype=torch.int64)
-    if request.signal is not None:
-        asked[request.signal] = 1
-    numbers = run.total(asked).nonzero().flatten().tolist()
-    return signal.Signals(numbers[0]).name if numbers else None
 
 
 def set_threads(config: Config, world_size: int, start: Start | None = None) -> int:
@@ -389,98 +270,3 @@ def adapted(
 def start_logging() -> None:
     """Sends progress to standard error, plainly."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-
-
-def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, float]:
-    """One epoch on this rank; the record on rank 0, the validation figure everywhere."""
-    is_evaluated = epoch % config.training.eval_every == 0 or epoch == config.training.epochs
-    run.usage()  # What was waited for between two epochs, or before the first, is not this one's.
-    start = time.perf_counter()
-    loss = run.train_epoch(epoch, is_measured=is_evaluated)
-    epoch_s = time.perf_counter() - start
-    if not math.isfinite(loss):
-        raise ArithmeticError(
-            f"the loss became {loss} in epoch {epoch}; try a smaller training.lr"
-        )
-    usage = run.usage()
-    accuracy, staleness, evaluation_s = None, None, None
-    if is_evaluated:
-        start = time.perf_counter()
-        accuracy, staleness = run.evaluate(), run.staleness()
-        evaluation_s = time.perf_counter() - start
-    evaluation_bytes = run.usage().sent_bytes[KINDS.index("evaluation")]
-    own = [loss, epoch_s, peak_memory_bytes(), run.table_bytes, evaluation_bytes]
-    values = torch.tensor([*own, *usage.sent_bytes, *usage.wait_s], dtype=torch.float64)
-    parts = run.gather(values)
-    val = -math.inf if accuracy is None or accuracy["val"] is None else accuracy["val"]
-    if not parts:
-        return None, val
-    record = _record(epoch, torch.stack(parts), run.transfer_s())
-    return replace(record, accuracy=accuracy, staleness=staleness, evaluation_s=evaluation_s), val
-
-
-def _record(epoch: int, parts: torch.Tensor, transfer_s: Sequence[float]) -> EpochRecord:
-    """Puts the figures of all ranks together, ``parts [ranks, figures]``."""
-    loss, own_s, peak, table, evaluation_bytes = (column.tolist() for column in parts.T[:5])
-    sent = parts[:, 5 : 5 + len(KINDS)].sum(dim=0).long().tolist()
-    waits = parts[:, 5 + len(KINDS) :]
-    compute_s = (parts[:, 1] - waits.sum(dim=1)).tolist()
-    shares = time_shares(own_s, compute_s, transfer_s)
-    sent_bytes = dict(zip(KINDS, sent, strict=True))
-    return EpochRecord(
-        epoch=epoch,
-        loss=sum(loss),
-        epoch_s=max(own_s),
-        bubble_fraction=shares["wait"] + shares["transfer"],
-        time_shares=shares,
-        comm_bytes=sent_bytes | {"evaluation": int(sum(evaluation_bytes))},
-        peak_memory_bytes=[int(value) for value in peak],
-        table_bytes=[int(value) for value in table],
-        compute_s=compute_s,
-        wait_s=dict(zip(WAIT_KINDS, waits.T.tolist(), strict=True)),
-    )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process has held: of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024
-
-
-def _open_log(config: Config, start: Start) -> RunLog:
-    done = Done(start.epoch, start.state.get("wall_s", 0.0)) if start.is_begun else None
-    return RunLog(
-        config.run.dir,
-        config_text=to_yaml(config),
-        epochs=config.training.epochs,
-        log_every=config.run.log_every,
-        tensorboard=config.run.tensorboard,
-        done=done,
-    )
-
-
-def _save(run: Run, config: Config, name: str, epoch: int) -> None:
-    """Every rank takes part; rank 0 writes the file."""
-    tensors = run.weights()
-    if tensors is not None:
-        path = Path(config.run.dir) / WEIGHTS_DIR / f"{name}.safetensors"
-        save_weights(path, tensors, {"epoch": str(epoch), "model": config.model.name})
-
-
-def _facts(run: Run, threads: int) -> dict[str, Any]:
-    return {
-        "num_parameters": run.num_parameters,
-        "metric": run.task.metric,
-        "world_size": run.world_size,
-        "threads": threads,
-        "versions": {name: _version(name) for name in LIBRARIES},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
