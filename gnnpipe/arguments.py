@@ -9,6 +9,7 @@ from gnnpipe.errors import UserError
 from gnnpipe.sources import is_override
 
 PROGRAM = "python -m gnnpipe"
+SHELLS = ("bash", "zsh", "fish")
 
 EXAMPLES = f"""examples:
   {PROGRAM} train --print-config > config.yaml
@@ -32,8 +33,18 @@ EVALUATE_EXAMPLES = f"""examples:
 PREDICT_EXAMPLES = f"""example:
   {PROGRAM} predict runs/default --out scores.npy
 """
-
-
+KEYS_EXAMPLES = f"""example:
+  {PROGRAM} keys > keys.md
+"""
+SCHEMA_EXAMPLES = f"""example:
+  {PROGRAM} schema > gnnpipe.schema.json
+  then, as the first line of a configuration for editors with a YAML language server:
+  # yaml-language-server: $schema=gnnpipe.schema.json
+"""
+SHELL_EXAMPLES = """examples:
+  source <(gnnpipe completion bash)
+  gnnpipe completion fish > ~/.config/fish/completions/gnnpipe.fish
+"""
 PLAN_EXAMPLES = f"""examples:
   {PROGRAM} plan config.yaml --ranks 4
   {PROGRAM} plan config.yaml --ranks 16 --hosts 4 --memory-gb 24 --write new.yaml
@@ -87,12 +98,23 @@ def build_parser() -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     predict = _add_inference(commands, "predict", "class scores of every node", PREDICT_EXAMPLES)
     predict.add_argument("--out", metavar="FILE.npy", help="where to (default: in RUN_DIR)")
+    _add_texts(commands)
     for module, help_text in (
         ("launch", "start the processes of a run (python -m launch)"),
         ("partition", "cut a graph into chunks (python -m partition)"),
     ):
         commands.add_parser(module, help=help_text, add_help=False)
     return parser
+
+
+def _add_texts(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Commands that print a text about the program itself."""
+    _add_command(commands, "keys", "every key of the configuration, as Markdown", KEYS_EXAMPLES)
+    _add_command(commands, "schema", "the configuration as a JSON schema", SCHEMA_EXAMPLES)
+    completion = _add_command(
+        commands, "completion", "a script that makes a shell complete commands", SHELL_EXAMPLES
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
 
 
 def _add_run(

@@ -17,8 +17,10 @@ from types import FrameType
 
 from gnnpipe import environment, preflight
 from gnnpipe.arguments import PROGRAM, build_parser, config_arguments, parse
+from gnnpipe.completion import completion_script
 from gnnpipe.config import Config, load_config, to_yaml
 from gnnpipe.errors import PeerError, Stopped, UserError
+from gnnpipe.keys import config_reference, schema_text
 from gnnpipe.plan_request import plan_request
 
 PASSED_ON = ("launch", "partition")
@@ -78,6 +80,9 @@ def _run(argv: list[str]) -> int:
         "plan": _plan,
         "evaluate": _evaluate,
         "predict": _predict,
+        "keys": lambda _: print(config_reference(), end=""),
+        "schema": lambda _: print(schema_text(), end=""),
+        "completion": lambda options: print(completion_script(options.shell), end=""),
     }
     commands[options.command](options)
     return 0
