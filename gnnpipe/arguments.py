@@ -97,7 +97,10 @@ def build_parser() -> Parser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     predict = _add_inference(commands, "predict", "class scores of every node", PREDICT_EXAMPLES)
-    predict.add_argument("--out", metavar="FILE.npy", help="where to (default: in RUN_DIR)")
+    predict.add_argument(
+        "--out", metavar="FILE", help=".npy or .parquet file (default: predictions.npy in RUN_DIR)"
+    )
+    predict.add_argument("--node-ids", action="store_true", help="put ids into a .npy file too")
     _add_texts(commands)
     for module, help_text in (
         ("launch", "start the processes of a run (python -m launch)"),
@@ -159,6 +162,9 @@ def _add_inference(
 ) -> Parser:
     command = _add_command(commands, name, help_text, examples)
     command.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run")
+    command.add_argument(
+        "--data", metavar="NAME|PATH", help="another graph with the same features (default: own)"
+    )
     command.add_argument(
         "--weights", choices=("best", "last"), default="best", help="which (default: best)"
     )

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from gnnpipe import environment, preflight
 from gnnpipe.arguments import PROGRAM, build_parser, config_arguments, parse
@@ -22,6 +23,9 @@ from gnnpipe.config import Config, load_config, to_yaml
 from gnnpipe.errors import PeerError, Stopped, UserError
 from gnnpipe.keys import config_reference, schema_text
 from gnnpipe.plan_request import plan_request
+
+if TYPE_CHECKING:
+    from gnnpipe.graph import Graph
 
 PASSED_ON = ("launch", "partition")
 INTERRUPT_WAIT_S = 1.0
@@ -130,7 +134,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     _prepare_inference("evaluate", options.run_dir)
     from gnnpipe.inference import evaluate_run
 
-    result = evaluate_run(options.run_dir, weights=options.weights)
+    graph = _other_graph(options.data)
+    result = evaluate_run(options.run_dir, weights=options.weights, graph=graph)
     print(json.dumps(result) if options.json else "\n".join(_lines(result)))
 
 
@@ -139,13 +144,24 @@ def _predict(options: argparse.Namespace) -> None:
     name, directory = "RUN_DIR", options.run_dir
     if options.out is not None:
         name, directory = "--out", str(Path(options.out).parent)
-        if not options.out.endswith(".npy") or Path(options.out).is_dir():
-            raise UserError(f"`--out` (={options.out}) must be the name of a .npy file")
+        if not options.out.endswith((".npy", ".parquet")) or Path(options.out).is_dir():
+            raise UserError(
+                f"`--out` (={options.out}) must be the name of a .npy or a .parquet file"
+            )
     preflight.check_writable(directory, name)
     from gnnpipe.inference import predict_run
 
     with preflight.user_directory(directory, name):
-        print(predict_run(options.run_dir, weights=options.weights, out=options.out))
+        graph = _other_graph(options.data)
+        ids = {"has_node_ids": options.node_ids, "graph": graph}
+        print(predict_run(options.run_dir, weights=options.weights, out=options.out, **ids))
+
+
+def _other_graph(name: str | None) -> "Graph | None":
+    """The graph that ``--data`` names, if it does."""
+    from gnnpipe.datasets import load_graph
+
+    return None if name is None else load_graph(name)
 
 
 def _load(options: argparse.Namespace) -> Config:

@@ -19,10 +19,12 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 TRACE_FILE = "trace.json"
+TIMELINE_FILE = "timeline.npz"
 TENSORBOARD_DIR = "tensorboard"
 WEIGHTS_DIR = "weights"
 CHECKPOINTS_DIR = "checkpoints"
 PARTITION_DIR = "partition"
+WHOLE_PARTITION_DIR = "partition-whole"  # of inductive runs: what evaluations read
 # Anything else (a partition, a launcher's logs) does not make a directory somebody's run.
 RUN_MARKS = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, WEIGHTS_DIR)
 # Where and how long a run computes, not what; the graph and its chunks are compared by hash.

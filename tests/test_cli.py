@@ -31,11 +31,11 @@ class FakeTrainer(types.ModuleType):
     def run_reference(self, config: Config) -> None:
         self.note("run_reference", config)
 
-    def evaluate_run(self, run_dir: str, *, weights: str) -> dict[str, Any]:
+    def evaluate_run(self, run_dir: str, *, weights: str, graph: None) -> dict[str, Any]:
         self.note("evaluate_run", run_dir, weights)
         return {"epoch": 7, "accuracy": {"val": 0.75, "test": 0.5}}
 
-    def predict_run(self, run_dir: str, *, weights: str, out: str | None) -> Path:
+    def predict_run(self, run_dir: str, *, weights: str, out: str | None, **_: Any) -> Path:
         self.note("predict_run", run_dir, weights, out)
         return Path(out or "scores.npy")
 
@@ -168,7 +168,7 @@ MISTAKES = [
     ("evaluate run extra", "unrecognized arguments: extra"),
     ("evaluate run --weights newest", "invalid choice: 'newest'"),
     ("evaluate foreign", "`layers` is not a known key"),
-    ("predict run --out scores.txt", "`--out` (=scores.txt) must be the name of a .npy file"),
+    ("predict run --out scores.txt", "`--out` (=scores.txt) must be the name of a .npy or"),
     ("predict run --out c.yaml/x.npy", "`--out` (=c.yaml) must be a directory"),
 ]
 

@@ -123,6 +123,26 @@ def test_predictions_do_not_depend_on_how_the_run_was_spread(
 
 
 @pytest.mark.usefixtures("_command")
+def test_commands_take_another_graph_and_write_ids(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ring = [(i, (i + 1) % 10) for i in range(10)]
+    larger = str(tmp_path / "ten.npz")
+    graph = write_npz(Path(larger), both_ways(ring), num_nodes=10)
+    out = str(tmp_path / "scores.npy")
+    assert main(["predict", str(runs / "one"), "--data", larger, "--node-ids", "--out", out]) == 0
+    back = np.load(out, allow_pickle=False)
+    assert back["node_id"].tolist() == list(range(10))
+    right = back["values"].argmax(1) == graph.labels
+    capsys.readouterr()
+    assert main(["evaluate", str(runs / "one"), "--data", larger, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["accuracy"]
+    assert found["test"] == right[graph.test_mask].mean()
+    assert main(["predict", str(runs / "one"), "--out", str(tmp_path / "s.parquet")]) == 0
+    assert (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.usefixtures("_command")
 def test_a_run_of_the_reference_can_be_evaluated(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

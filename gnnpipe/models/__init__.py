@@ -6,6 +6,8 @@ of them the rows are ``hidden_channels`` wide, beside what the layers carry.
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from gnnpipe.errors import UserError
 from gnnpipe.models.gat import GATLayer
 from gnnpipe.models.gcn import GCNLayer
@@ -18,7 +20,7 @@ from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
 from gnnpipe.models.sage import SAGELayer
 from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_layer
 
-__all__ = ["OPTIONS", "GraphView", "Layer", "build_layers"]
+__all__ = ["OPTIONS", "GraphView", "Layer", "build_layers", "end_widths"]
 
 OPTIONS: Mapping[str, Mapping[str, float]] = {
     "gcn": {},
@@ -34,6 +36,9 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "transformer": {"heads": 8},
 }
 """Each model's own options and their defaults."""
+
+DECOUPLED = ("appnp", "dagnn")
+"""Models that make the class scores first and propagate them."""
 
 HEADS: Mapping[str, type[OutputLayer] | type[ResGCNOutputLayer] | type[JKOutputLayer]] = {
     "resgcn+": ResGCNOutputLayer,
@@ -78,7 +83,7 @@ def build_layers(
     first = InputLayer(
         in_channels, hidden_channels, dropout=dropout, writes=writes, row_entries=row_entries
     )
-    if name in ("appnp", "dagnn"):
+    if name in DECOUPLED:
         widths, alpha = (hidden_channels, out_channels), chosen.get("alpha")
         hops = decoupled_layers(widths=widths, num_hops=num_layers, dropout=dropout, alpha=alpha)
         return [first, *hops]
@@ -86,6 +91,27 @@ def build_layers(
     middle = [_convolution(name, hidden_channels, i, dropout, chosen) for i in indices]
     head = HEADS.get(name, OutputLayer)
     return [first, *middle, head(hidden_channels, out_channels, dropout=dropout)]
+
+
+def end_widths(name: str, num_layers: int, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Numbers of features and of classes of a model, read off its weights.
+
+    Args:
+        name: the model.
+        num_layers: number of convolutions.
+        tensors: weights as files name them.
+
+    Raises:
+        UserError: the weights of either end are missing.
+    """
+    scores = "1.lin" if name in DECOUPLED else f"{num_layers + 1}.lin"
+    if name == "jknet":
+        scores = f"{num_layers + 1}.head.lin"
+    ends = ("layers.0.lin.weight", f"layers.{scores}.weight")
+    for end in ends:
+        if end not in tensors:
+            raise UserError(f"weights must hold `{end}`; load the weights of this very model")
+    return tensors[ends[0]].shape[1], tensors[ends[1]].shape[0]
 
 
 def _choose(name: str, options: Mapping[str, float]) -> Mapping[str, float]:

@@ -1,0 +1,161 @@
+"""A configured model as plain torch_geometric modules, for serving without the pipeline.
+
+torch_geometric is imported inside the functions: training the built-in models does without it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gnnpipe.errors import UserError
+
+Options = Mapping[str, Any]
+MakeConv = Callable[[int, Options], nn.Module]
+
+
+class PlainModel(nn.Module):
+    """``scores = model(x, edge_index, edge_weight)``, the whole graph at once.
+
+    Args:
+        name: a key of :data:`PLAIN`.
+        widths: features, hidden rows, classes.
+        num_layers: number of convolutions.
+        options: the model's own.
+
+    Raises:
+        UserError: torch_geometric has no such model.
+    """
+
+    def __init__(
+        self, name: str, *, widths: tuple[int, int, int], num_layers: int, options: Options
+    ) -> None:
+        super().__init__()
+        if name not in PLAIN:
+            raise UserError(
+                f"`model.name` (={name}) must be one of {', '.join(PLAIN)} to become a plain "
+                "torch_geometric model; serve it with PretrainedModel"
+            )
+        features, hidden, classes = widths
+        make = PLAIN[name]
+        self.name = name
+        self.first = nn.Linear(features, hidden)
+        numbered = [{**options, "layer": i} for i in range(1, num_layers + 1)]
+        self.convs = nn.ModuleList(make(hidden, each) for each in numbered)
+        self.norm = nn.LayerNorm(hidden) if name in PRE_ACTIVATED else nn.Identity()
+        self.last = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """Maps ``[N, F]`` to scores ``[N, num_classes]``."""
+        h = first = self.first(x).relu()
+        jumps = []
+        for conv in self.convs:
+            if self.name in PRE_ACTIVATED:
+                h = conv(h, edge_index)
+                continue
+            own = (h, first) if self.name == "gcnii" else (h,)
+            weights = {"edge_weight": edge_weight} if self.name in WEIGHTED else {}
+            h = conv(*own, edge_index, **weights).relu()
+            jumps.append(h)
+        if self.name == "jknet":
+            for each in jumps:
+                h = h.maximum(each)
+        scores: Tensor = self.last(self.norm(h).relu() if self.name in PRE_ACTIVATED else h)
+        return scores
+
+    def name_of(self, name: str) -> str:
+        """What a run's file calls one of this module's tensors, ``layers.{i}.{parameter}``."""
+        part, _, rest = name.partition(".")
+        last = len(self.convs) + 1
+        if part == "first":
+            return f"layers.0.lin.{rest}"
+        if part == "last":
+            return f"layers.{last}.{'head.' if self.name == 'jknet' else ''}lin.{rest}"
+        if part == "norm":
+            return f"layers.{last}.norm.{rest}"
+        index, _, inner = rest.partition(".")
+        for theirs, ours in RENAMED.get(self.name, ()):
+            inner = inner.replace(theirs, ours)
+        return f"layers.{int(index) + 1}.{inner}"
+
+
+def _gcn(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import GCNConv
+
+    return GCNConv(channels, channels)  # type: ignore[no-any-return]
+
+
+def _sage(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import SAGEConv
+
+    return SAGEConv(channels, channels)  # type: ignore[no-any-return]
+
+
+def _gin(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import GINConv
+
+    inner = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+    return GINConv(inner, train_eps=bool(options["train_eps"]))  # type: ignore[no-any-return]
+
+
+def _gat(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import GATConv
+
+    heads = int(options["heads"])
+    return GATConv(channels, channels // heads, heads)  # type: ignore[no-any-return]
+
+
+def _gcnii(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import GCN2Conv
+
+    own = {key: options[key] for key in ("alpha", "theta", "layer")}
+    return GCN2Conv(channels, **own)  # type: ignore[no-any-return]
+
+
+def _resgcn(channels: int, options: Options) -> nn.Module:
+    return _residual(_sage(channels, options), channels)
+
+
+def _deepergcn(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import GENConv
+
+    settings = {"aggr": "softmax", "learn_t": True, "num_layers": 2, "norm": "layer"}
+    return _residual(GENConv(channels, channels, **settings), channels)
+
+
+def _transformer(channels: int, options: Options) -> nn.Module:
+    from torch_geometric.nn import TransformerConv
+
+    heads = int(options["heads"])
+    return _residual(TransformerConv(channels, channels // heads, heads), channels)
+
+
+def _residual(conv: nn.Module, channels: int) -> nn.Module:
+    from torch_geometric.nn import DeepGCNLayer
+
+    norm, act = nn.LayerNorm(channels), nn.ReLU()
+    return DeepGCNLayer(conv, norm, act, block="res+")  # type: ignore[no-any-return]
+
+
+PLAIN: Mapping[str, MakeConv] = {
+    "gcn": _gcn,
+    "sage": _sage,
+    "gin": _gin,
+    "gat": _gat,
+    "gcnii": _gcnii,
+    "jknet": _gcn,
+    "resgcn+": _resgcn,
+    "deepergcn": _deepergcn,
+    "transformer": _transformer,
+}
+"""Models that torch_geometric's own modules make up, and the convolution of each."""
+
+PRE_ACTIVATED = ("resgcn+", "deepergcn", "transformer")
+WEIGHTED = ("gcn", "gcnii", "jknet")
+RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "gin": (("nn.0.", "first."), ("nn.2.", "second.")),
+    "jknet": (("lin.", "conv.lin."), ("bias", "conv.bias")),
+    "deepergcn": (("conv.", "conv.conv."),),
+    "transformer": (("conv.", "conv.conv."),),
+}
+"""Where a model's layers call a part otherwise than torch_geometric's convolution."""
