@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     cross_chunk_gradient: float
     task: Task | None = None
     """None is single labels without weights."""
+    is_trained: bool = True
+    """Whether the engine trains; one that only evaluates holds no tables."""
 
 
 def initialise(layer: Layer, *, seed: int, index: int, like: Tensor) -> Layer:
@@ -136,8 +138,8 @@ class _StageBuilder:
         num_gradients = graph.num_rows + mirrors.row_id.size
         return Table(
             num_values,
-            num_gradients,
-            layer.table_channels,
+            num_gradients if self._plan.is_trained else 0,
+            layer.table_channels if self._plan.is_trained else 0,
             like=self._like,
             period=self._plan.period,
         )

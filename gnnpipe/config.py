@@ -87,11 +87,24 @@ class Config:
         settle(self, "")
         check_seed("seed", self.seed)
         self._check_stages()
+        self._check_inductive()
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
         return self.parallel.num_stages * self.parallel.num_ways
+
+    def _check_inductive(self) -> None:
+        given = {
+            "partition.path": self.partition.path,
+            "partition.file": self.partition.file,
+        }
+        for key, value in given.items():
+            if self.data.inductive and value is not None:
+                raise UserError(
+                    f"`{key}` (={value}) must be null with `data.inductive` (=True), which cuts "
+                    "the training part and the whole graph itself; leave it out"
+                )
 
     def _check_stages(self) -> None:
         num_layers, stages = self.model.num_layers + 2, self.parallel.total_stages

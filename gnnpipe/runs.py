@@ -24,6 +24,7 @@ from gnnpipe.reports import Reports
 from gnnpipe.schedule import chunk_order
 from gnnpipe.shards import Shards
 from gnnpipe.stage import LocalLayer
+from gnnpipe.subgraph import training_part
 from gnnpipe.state import (
     history_state,
     load_history,
@@ -134,10 +135,17 @@ class PipelineRun:
         chunked: the graph.
         world: the processes.
         layers: the model, on the meta device or with weights of its own.
+        evaluated_on: another graph that evaluations read; None is the trained one.
     """
 
     def __init__(
-        self, config: Config, chunked: ChunkedGraph, *, world: World, layers: Sequence[Layer]
+        self,
+        config: Config,
+        chunked: ChunkedGraph,
+        *,
+        world: World,
+        layers: Sequence[Layer],
+        evaluated_on: ChunkedGraph | None = None,
     ) -> None:
         parallel = config.parallel
         self._config = config
@@ -169,6 +177,14 @@ class PipelineRun:
         self.task: Task = plan.task
         self.engine = build_engine(chunked, layers, plan=plan, comm=self._comm, like=like)
         self._stages = [stage for _, stage in sorted(self.engine.stages.items())]
+        self._evaluator = self.engine
+        if evaluated_on is not None:
+            own = {local.layer_index: local.layer for local in self._local}
+            same = [own.get(index, layer) for index, layer in enumerate(layers)]
+            plan = plan._replace(is_trained=False)
+            self._evaluator = build_engine(
+                evaluated_on, same, plan=plan, comm=self._comm, like=like
+            )
         world.answer(lambda: self._comm.action)
         self.table_bytes = sum(t.num_bytes for stage in self._stages for t in stage.tables)
         parameters = [p for stage in self._stages for p in stage.parameters]
@@ -206,7 +222,7 @@ class PipelineRun:
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
-        return self.task.figures(self.engine.evaluate())
+        return self.task.figures(self._evaluator.evaluate())
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights by name, on rank 0; way 0 of every other stage rank sends its own there."""
@@ -310,14 +326,18 @@ class ReferenceRun:
         ]
         self.num_parameters = sum(p.numel() for layer in self.layers for p in layer.parameters())
         self.task = configured_task(config, graph)
+        trained = training_part(graph) if config.data.inductive else graph
         self.reference = Reference(
-            graph,
+            trained,
             self.layers,
             seed=config.seed,
             lr=config.training.lr,
             weight_decay=config.training.weight_decay,
             task=self.task,
         )
+        self._evaluator = self.reference
+        if config.data.inductive:
+            self._evaluator = Reference(graph, self.layers, seed=0, lr=1.0, task=self.task)
 
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes one optimizer step; returns the loss."""
@@ -328,7 +348,7 @@ class ReferenceRun:
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split."""
-        return self.reference.accuracy(self.reference.evaluate())
+        return self._evaluator.accuracy(self._evaluator.evaluate())
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by name."""

@@ -55,6 +55,8 @@ class DataConfig:
     """The data set's own node features, or ones made from the graph."""
     row_normalize: bool = False
     """Divide the features of each node by their sum."""
+    inductive: bool = False
+    """Train on the training nodes and the edges among them; evaluate on the whole graph."""
 
     def __post_init__(self) -> None:
         settle(self, "data")

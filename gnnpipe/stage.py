@@ -299,7 +299,7 @@ class Stage:
             if trained is not None:
                 trained.warm()
             return
-        num_values, channels = trained.values.shape
+        num_values, channels = trained.values.shape[0], local.layer.table_channels
         yield Table(num_values, 0, channels, like=trained.values, period=1)
 
 

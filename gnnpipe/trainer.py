@@ -25,7 +25,7 @@ from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
-from gnnpipe.run_directory import PARTITION_DIR, summary_text
+from gnnpipe.run_directory import PARTITION_DIR, WHOLE_PARTITION_DIR, summary_text
 from gnnpipe.runs import (
     PipelineRun,
     ReferenceRun,
@@ -33,6 +33,7 @@ from gnnpipe.runs import (
     model_layers,
 )
 from gnnpipe.stopping import StopRequest, stop_requests
+from gnnpipe.subgraph import training_part
 from gnnpipe.world import World, join
 from partition import PartitionError, assign
 
@@ -96,7 +97,8 @@ class Trainer:
         layers: Sequence[Layer] = model_layers(config, chunked)
         if self._layers is not None:
             layers = adapted(self._layers, config, chunked)
-        run = PipelineRun(config, chunked, world=world, layers=layers)
+        whole = chunk.load(_whole_path(config)) if config.data.inductive else None
+        run = PipelineRun(config, chunked, world=world, layers=layers, evaluated_on=whole)
         if start.path is None:
             run.warm_start()
         facts = {key: chunked.manifest[key] for key in ("graph_fingerprint", "chunk_id_sha256")}
@@ -108,6 +110,7 @@ class Trainer:
 
         def plan() -> str:
             graph = self._graph or load_data(self.config)
+            graph = training_part(graph) if self.config.data.inductive else graph
             links = Links(LOCAL_GBPS, LATENCY_US, LOCAL_GBPS, world.world_size)
             best = auto_plan(self.config, graph, world.world_size, links)
             logger.info("planned %s", best.setting)
@@ -128,13 +131,18 @@ class Trainer:
         if path is None:
             assert graph is not None
             configured_task(config, graph)
+            if config.data.inductive:
+                whole = cut_graph(graph, config, num_chunks=1)
+                chunk.save(whole, _whole_path(config), overwrite=True)
+                graph = training_part(graph)
             path = str(Path(config.run.dir).resolve() / PARTITION_DIR)
             chunk.save(cut_graph(graph, config), path, overwrite=True)
         chunked = chunk.load(path)
         configured_task(config, chunked)
         check_partition(chunked, config)
         if graph is not None:
-            chunk.check_belongs(chunked, graph)
+            is_part = config.data.inductive and graph is self._graph
+            chunk.check_belongs(chunked, training_part(graph) if is_part else graph)
         if start.path is not None:
             check_same(start.state, chunked.manifest)
         return start._replace(partition=path).to_json()
@@ -204,20 +212,21 @@ def load_data(config: Config) -> Graph:
     )
 
 
-def cut_graph(graph: Graph, config: Config) -> ChunkedGraph:
-    """Cuts a graph into chunks and ways as configured."""
+def cut_graph(graph: Graph, config: Config, *, num_chunks: int | None = None) -> ChunkedGraph:
+    """Cuts a graph into chunks and ways as configured, or into another number of chunks."""
     wanted, num_ways = config.partition, config.parallel.num_ways
+    num_chunks = num_chunks or wanted.num_chunks
     logger.info(
         "cutting %s nodes into %d chunks by %s",
         f"{graph.num_nodes:,}",
-        wanted.num_chunks,
+        num_chunks,
         wanted.method,
     )
     try:
         assignment = assign(
             graph.indptr,
             graph.indices,
-            num_chunks=wanted.num_chunks,
+            num_chunks=num_chunks,
             num_ways=num_ways,
             method=wanted.method,
             seed=wanted.seed,
@@ -227,6 +236,11 @@ def cut_graph(graph: Graph, config: Config) -> ChunkedGraph:
         raise UserError(str(error)) from error
     ids = (assignment.chunk_id, assignment.way_id)
     return chunk.cut(graph, *ids, num_ways=num_ways, method=wanted.method, seed=wanted.seed)
+
+
+def _whole_path(config: Config) -> Path:
+    """Where an inductive run keeps the graph that it evaluates on."""
+    return Path(config.run.dir).resolve() / WHOLE_PARTITION_DIR
 
 
 def check_partition(chunked: ChunkedGraph, config: Config) -> None:
