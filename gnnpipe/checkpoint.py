@@ -85,17 +85,20 @@ def shard_paths(path: str | Path) -> list[Path]:
     return sorted(Path(path).glob("rank-*.safetensors"))
 
 
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nobody writes to; the format wants them contiguous and sharing no memory."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
-    """Writes one rank's tensors and forces them to disk.
+    """Writes one rank's tensors (see :func:`host_copies`) and forces them to disk.
 
     Raises:
         OSError: the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Copies: the format refuses tensors that share memory.
-    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     try:
-        save_file(copies, path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:  # It hides the number of the operating system's error.
         code = re.search(r"os error (\d+)", str(error))
         number = int(code.group(1)) if code else 5

@@ -78,11 +78,13 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
         config.run.dir,
         keep=config.checkpoint.keep,
         histories=config.checkpoint.histories == "save",
+        asynchronous=config.checkpoint.asynchronous,
     )
     log = _open_log(config, start) if run.rank == 0 else None
-    with log or nullcontext():
+    with saver, log or nullcontext():
         for epoch in range(start.epoch + 1, epochs + 1):
             record, val = _epoch(run, config, epoch)
+            saver.finish()
             if log and record:
                 log.epoch(record)
                 for callback in plan.on_epoch_end:
@@ -94,7 +96,8 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
             if every and (epoch % every == 0 or epoch == epochs or stopper):
                 if log:
                     log.sync()
-                saver.save(epoch, _state(plan, log, val=val, best_val=best_val))
+                state = _state(plan, log, val=val, best_val=best_val)
+                saver.save(epoch, state, is_last=epoch == epochs or stopper is not None)
             if stopper and epoch < epochs:
                 return Outcome({}, Stopped(stopper, epoch))
         _save(run, config, "last", epochs)

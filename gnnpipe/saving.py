@@ -1,14 +1,24 @@
-"""Writes checkpoints: every rank its shard, rank 0 the manifest; all of it or an error for all."""
+"""Writes checkpoints: every rank its shard, rank 0 the manifest; all of it or an error for all.
+
+Between two epochs a rank only copies its state. A thread writes the copy while the next epoch
+runs, and before that epoch's figures are told, the ranks agree on how it went and rank 0
+completes the checkpoint. So a kill at any time repeats one interval at most::
+
+    rank 0   | epoch 50 | copy | epoch 51            | agree, manifest | epoch 52 ...
+    thread                     | write, hash, fsync |
+"""
 
 import errno
-import logging
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from gnnpipe import checkpoint
 from gnnpipe.checkpoint import BEST_FILE, FileFacts
@@ -16,43 +26,87 @@ from gnnpipe.errors import UserError
 from gnnpipe.run_directory import CHECKPOINTS_DIR, WEIGHTS_DIR
 from gnnpipe.runs import Run
 
-logger = logging.getLogger("gnnpipe")
+
+class _Written(NamedTuple):
+    """How writing a shard went."""
+
+    code: int
+    """The operating system's number of the error, 0 if there was none."""
+    facts: FileFacts
+
+
+class _Open(NamedTuple):
+    """A checkpoint that is not complete yet."""
+
+    epoch: int
+    state: Mapping[str, Any]
+    writing: "Future[_Written]"
 
 
 class Saver:
-    """Saves one rank's part of a run; all ranks call it together.
+    """Saves one rank's part of a run; all ranks call it together. A context manager.
 
     Args:
         run: this rank's part.
         directory: the run directory, which all ranks see.
         keep: newest checkpoints to keep, besides the best.
         histories: whether to save the historical tables.
+        asynchronous: whether to write while the next epoch runs.
     """
 
-    def __init__(self, run: Run, directory: str | Path, *, keep: int, histories: bool) -> None:
+    def __init__(
+        self, run: Run, directory: str | Path, *, keep: int, histories: bool, asynchronous: bool
+    ) -> None:
         self._run = run
         self._directory = Path(directory)
         self._keep = keep
         self._histories = histories
+        self._is_asynchronous = asynchronous
         self._folder = self._directory / CHECKPOINTS_DIR
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._open: _Open | None = None
 
-    def save(self, epoch: int, state: Mapping[str, Any]) -> None:
-        """Writes the checkpoint of an epoch that has just ended.
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Nothing writes after the run; what a failed run was writing stays a draft.
+        self._pool.shutdown()
+
+    def save(self, epoch: int, state: Mapping[str, Any], *, is_last: bool) -> None:
+        """Starts the checkpoint of an epoch that has just ended.
 
         Args:
             epoch: counted from 1.
             state: everything that is no tensor; rank 0's counts.
+            is_last: whether no epoch follows, so that :meth:`finish` comes at once.
+
+        Raises:
+            UserError: as of :meth:`finish`.
+        """
+        self.finish()
+        tensors = checkpoint.host_copies(self._run.state(histories=self._histories))
+        path = checkpoint.draft_path(self._folder, epoch) / checkpoint.shard_name(self._run.rank)
+        self._open = _Open(epoch, state, self._pool.submit(_write, path, tensors))
+        if is_last or not self._is_asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Completes the checkpoint that was started last, if there is one.
 
         Raises:
             UserError: the disk refused, on every rank; earlier checkpoints are untouched.
         """
-        run, draft = self._run, checkpoint.draft_path(self._folder, epoch)
-        code, facts = 0, FileFacts(0, "0" * 64)
-        try:
-            tensors = run.state(histories=self._histories)
-            facts = checkpoint.write_shard(draft / checkpoint.shard_name(run.rank), tensors)
-        except OSError as error:
-            code = error.errno or errno.EIO
+        if self._open is None:
+            return
+        run, (epoch, state, writing) = self._run, self._open
+        self._open = None
+        code, facts = writing.result()
         # Every rank -> all: how it went, and what the manifest has to know.
         parts = torch.zeros((run.world_size, 34), dtype=torch.int64)
         digest = list(bytes.fromhex(facts.sha256))
@@ -93,3 +147,11 @@ class Saver:
             f"`run.dir` (={self._directory}) must take the checkpoint of epoch {epoch}:"
             f" {os.strerror(code)}; {kept}; make room or mend the directory and start again"
         )
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> _Written:
+    """Writes one rank's shard; what the disk refuses is told to all ranks later."""
+    try:
+        return _Written(0, checkpoint.write_shard(path, tensors))
+    except OSError as error:
+        return _Written(error.errno or errno.EIO, FileFacts(0, "0" * 64))

@@ -230,6 +230,8 @@ class CheckpointConfig:
     """auto goes on where the run in run.dir stopped; none never; or the path of a checkpoint."""
     histories: Literal["save", "rewarm"] = "save"
     """Historical tables: saved, or computed anew on resume: smaller, but not bit-exact."""
+    asynchronous: bool = True
+    """Write while the next epoch runs, from a copy in memory; false waits for the disk."""
 
     def __post_init__(self) -> None:
         settle(self, "checkpoint")
