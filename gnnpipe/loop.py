@@ -20,7 +20,7 @@ from gnnpipe.config import Config, to_dict, to_yaml
 from gnnpipe.errors import Stopped
 from gnnpipe.metrics import EpochRecord, time_shares
 from gnnpipe.resume import Start
-from gnnpipe.run_directory import TRACE_FILE, WEIGHTS_DIR, flatten
+from gnnpipe.run_directory import TIMELINE_FILE, TRACE_FILE, WEIGHTS_DIR, flatten
 from gnnpipe.runs import WAIT_KINDS, Run
 from gnnpipe.saving import Saver
 from gnnpipe.shards import Shards
@@ -156,12 +156,15 @@ def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, fl
         evaluation_s = time.perf_counter() - start
     evaluation_bytes = run.usage().sent_bytes[KINDS.index("evaluation")]
     own = [loss, epoch_s, peak_memory_bytes(), run.table_bytes, evaluation_bytes]
-    values = torch.tensor([*own, *usage.sent_bytes, *usage.wait_s], dtype=torch.float64)
+    rest = [*usage.sent_bytes, *usage.wait_s, *run.gradient_norms()]
+    values = torch.tensor([*own, *rest], dtype=torch.float64)
     parts = run.gather(values)
     val = -math.inf if accuracy is None or accuracy["val"] is None else accuracy["val"]
     if not parts:
         return None, val
-    record = _record(epoch, torch.stack(parts), run.transfer_s())
+    if is_evaluated:
+        run.write_timeline(Path(config.run.dir) / TIMELINE_FILE, epoch)
+    record = _record(epoch, torch.stack(parts), run.transfer_s(), config.parallel.num_ways)
     return replace(record, accuracy=accuracy, staleness=staleness, evaluation_s=evaluation_s), val
 
 
@@ -169,7 +172,9 @@ def _record(epoch: int, parts: torch.Tensor, transfer_s: Sequence[float]) -> Epo
     """Puts the figures of all ranks together, ``parts [ranks, figures]``."""
     loss, own_s, peak, table, evaluation_bytes = (column.tolist() for column in parts.T[:5])
     sent = parts[:, 5 : 5 + len(KINDS)].sum(dim=0).long().tolist()
-    waits = parts[:, 5 + len(KINDS) :]
+    waits, norms = parts[:, 5 + len(KINDS) :].split_with_sizes(
+        [len(WAIT_KINDS), parts.shape[1] - 5 - len(KINDS) - len(WAIT_KINDS)], dim=1
+    )
     compute_s = (parts[:, 1] - waits.sum(dim=1)).tolist()
     shares = time_shares(own_s, compute_s, transfer_s)
     sent_bytes = dict(zip(KINDS, sent, strict=True))
@@ -184,6 +189,8 @@ def _record(epoch: int, parts: torch.Tensor, transfer_s: Sequence[float]) -> Epo
         table_bytes=[int(value) for value in table],
         compute_s=compute_s,
         wait_s=dict(zip(WAIT_KINDS, waits.T.tolist(), strict=True)),
+        # Rank by rank a column of virtual stages; ways have summed their gradients.
+        gradient_norm=norms[::num_ways].T.flatten().tolist(),
     )
 
 
@@ -204,6 +211,7 @@ def _open_log(config: Config, start: Start) -> RunLog:
         log_every=config.run.log_every,
         tensorboard=config.run.tensorboard,
         done=done,
+        partition=start.partition,
     )
 
 

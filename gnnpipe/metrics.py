@@ -43,6 +43,8 @@ class EpochRecord:
     """train, val and test; ``None`` when the epoch did not end with an evaluation."""
     staleness: Sequence[float | None] | None = None
     """At evaluations, for each layer that reads neighbours ``|fresh - historical| / |fresh|``."""
+    gradient_norm: Sequence[float] | None = None
+    """Of each stage's parameters, ``[stages]``, virtual stages included."""
     evaluation_s: float | None = None
     """Wall time of the evaluation."""
     time_shares: Mapping[str, float] | None = None

@@ -2,13 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnnpipe.assembly import Plan, build_engine, initialise, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
@@ -84,6 +84,12 @@ class Run(Protocol):
 
     def write_trace(self, path: Path) -> None:
         """Writes the last epochs of all ranks as a Chrome trace, on rank 0."""
+
+    def write_timeline(self, path: Path, epoch: int) -> None:
+        """Writes the last epoch of all ranks for who draws it, on rank 0."""
+
+    def gradient_norms(self) -> list[float]:
+        """Norm of the parameters' gradients of each of this rank's stages."""
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of every rank's ``values``, on every rank."""
@@ -273,6 +279,14 @@ class PipelineRun:
         """Writes the last epochs of all ranks, on rank 0."""
         self._reports.trace.write(path)
 
+    def write_timeline(self, path: Path, epoch: int) -> None:
+        """Writes the last epoch of all ranks for who draws it, on rank 0."""
+        self._reports.trace.write_timeline(path, epoch)
+
+    def gradient_norms(self) -> list[float]:
+        """Norm of the parameters' gradients of each of this rank's stages."""
+        return [_gradient_norm(stage.parameters) for stage in self._stages]
+
     def total(self, values: Tensor) -> Tensor:
         """The sum of every rank's ``values``, on every rank."""
         return self._comm.sum_over_ranks(values)
@@ -369,6 +383,13 @@ class ReferenceRun:
     def write_trace(self, path: Path) -> None:
         """There is nothing to show."""
 
+    def write_timeline(self, path: Path, epoch: int) -> None:
+        """There is nothing to show."""
+
+    def gradient_norms(self) -> list[float]:
+        """Norm of the gradients of the whole model."""
+        return [_gradient_norm(p for layer in self.layers for p in layer.parameters())]
+
     def total(self, values: Tensor) -> Tensor:
         """The one rank's ``values``."""
         return values
@@ -385,6 +406,11 @@ class ReferenceRun:
 def configured_task(config: Config, graph: Labelled) -> Task:
     """The task that the configuration names, on the labels that the graph has."""
     return make_task(config.task.kind, graph, class_weight=config.task.class_weight)
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients))
 
 
 def _split(flat: Tensor, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:

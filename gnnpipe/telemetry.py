@@ -4,16 +4,21 @@ Each epoch is on disk before anything else sees it, so a run that is killed leav
 record of all it did.
 """
 
+import logging
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
+from gnnpipe import environment
 from gnnpipe.console import open_display
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import (
@@ -25,6 +30,7 @@ from gnnpipe.metrics import (
     read_metrics,
     record_from,
 )
+from gnnpipe.preflight import THREAD_VARIABLES
 from gnnpipe.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -45,6 +51,11 @@ __all__ = [
     "summary_text",
 ]
 
+logger = logging.getLogger("gnnpipe")
+
+FOLLOWER_WAIT_S = 60.0
+"""Longest wait, at the end of a run, for TensorBoard's files."""
+
 
 class Done(NamedTuple):
     """What a run that goes on has behind it."""
@@ -56,7 +67,7 @@ class Done(NamedTuple):
 
 
 class RunLog:
-    """Writes a run directory's files, TensorBoard scalars and the console's lines.
+    """Writes a run directory's files, has TensorBoard's written, and shows the epochs.
 
     A context manager: leaving it closes every file, after an error too; only a run that called
     :meth:`finish` has a ``summary.json``::
@@ -77,6 +88,7 @@ class RunLog:
         tensorboard: bool = False,
         console: Console | None = None,
         done: Done | None = None,
+        partition: str | None = None,
     ) -> None:
         """Opens the files of a new run, or of one that goes on.
 
@@ -85,9 +97,10 @@ class RunLog:
             config_text: The resolved configuration, saved as it is.
             epochs: Number of epochs the run is to have.
             log_every: Epochs from one log line to the next.
-            tensorboard: Whether to write TensorBoard scalars.
+            tensorboard: Whether to write TensorBoard's files.
             console: Where a person may be watching; by default standard error.
             done: What the run has behind it; None for a new one.
+            partition: Directory of the cut graph, for pictures of its chunks.
         """
         self._directory = Path(directory)
         self._started_s = time.perf_counter() - (done.wall_s if done else 0.0)
@@ -96,10 +109,13 @@ class RunLog:
         with ExitStack() as stack:
             self._metrics = stack.enter_context(self._open_metrics(done))
             write_whole(self._directory / CONFIG_FILE, config_text)
-            folder = self._directory / TENSORBOARD_DIR
-            self._scalars = _Scalars(folder, done.epoch if done else 0) if tensorboard else None
-            if self._scalars:
-                stack.callback(self._scalars.close)
+            self._follower = None
+            if tensorboard:
+                (self._directory / TENSORBOARD_DIR).mkdir(exist_ok=True)
+                self._follower = _Follower(
+                    self._directory, partition=partition, num_done=done.epoch if done else 0
+                )
+                stack.callback(self._follower.close)
             self._display = open_display(
                 console or Console(stderr=True), epochs=epochs, log_every=log_every
             )
@@ -155,8 +171,6 @@ class RunLog:
         self._tally.add(record)
         self._metrics.write(metrics_line(record))
         self._metrics.flush()
-        if self._scalars:
-            self._scalars.add(record)
         self._display.show(record)
 
     def finish(self, extras: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,37 +186,43 @@ class RunLog:
         self._display.close()
         summary = {**self._tally.figures(), "wall_s": self.wall_s, **extras}
         write_whole(self._directory / SUMMARY_FILE, json_text(summary, indent=2) + "\n")
+        if self._follower:
+            self._follower.is_finished = True
         return summary
 
 
-class _Scalars:
-    """TensorBoard's event file."""
+class _Follower:
+    """The process that writes TensorBoard's files out of what the run directory holds."""
 
-    def __init__(self, directory: Path, num_done: int) -> None:
-        # Costs a second, so only runs that want it pay.
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Hides what an earlier part of the run wrote of epochs that come again.
-        purge_step = num_done + 1 if num_done else None
-        self._writer: Any = SummaryWriter(  # its methods have no types
-            str(directory), flush_secs=10, purge_step=purge_step
+    def __init__(self, directory: Path, *, partition: str | None, num_done: int) -> None:
+        command = [sys.executable, "-P", "-m", "gnnpipe.follower", str(directory.resolve())]
+        command += ["--done", str(num_done)]
+        if partition is not None:
+            command += ["--partition", str(Path(partition).resolve())]
+        # One thread: the libraries it loads would take the ranks' cores otherwise.
+        env = environment.child_environment(dict.fromkeys(THREAD_VARIABLES, "1"))
+        self._complaint = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._complaint,
+            env=env,
         )
-
-    def add(self, record: EpochRecord) -> None:
-        scalars: dict[str, float | None] = {
-            "loss": record.loss,
-            "epoch_s": record.epoch_s,
-            "evaluation_s": record.evaluation_s,
-            "bubble_fraction": record.bubble_fraction,
-            "memory/peak_bytes": max(record.peak_memory_bytes, default=None),
-            "memory/table_bytes": max(record.table_bytes, default=None),
-            **{f"accuracy/{split}": figure for split, figure in (record.accuracy or {}).items()},
-            **{f"comm_bytes/{kind}": count for kind, count in record.comm_bytes.items()},
-            **{f"time/{name}": share for name, share in (record.time_shares or {}).items()},
-        }
-        for tag, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, record.epoch)
+        self.is_finished = False
 
     def close(self) -> None:
-        self._writer.close()
+        """Lets it write what is left; a run does not fail for its pictures."""
+        with suppress(BrokenPipeError):
+            self._child.communicate(b"finished" if self.is_finished else b"", FOLLOWER_WAIT_S)
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(FOLLOWER_WAIT_S)
+        if self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+        with self._complaint as file:
+            file.seek(0)
+            words = file.read().decode(errors="replace").split("\n")
+        if self._child.returncode:
+            why = next((line for line in reversed(words) if line.strip()), "it was ended")
+            logger.warning("TensorBoard files are incomplete: %s", why)

@@ -29,6 +29,7 @@ from gnnpipe.recorder import (
     Array,
     is_backward_tag,
 )
+from gnnpipe.timeline import Timeline, save_timeline
 
 KEPT_EPOCHS = 3
 """The last ones, which ``trace.json`` shows."""
@@ -57,6 +58,11 @@ class Trace:
         if not self._epochs:
             return [0.0] * self._mesh.world_size
         return transfer_s(self._epochs[-1], self._mesh)
+
+    def write_timeline(self, path: str | Path, epoch: int) -> None:
+        """Writes the last epoch for who draws it."""
+        if self._epochs:
+            save_timeline(path, Timeline(epoch, self._epochs[-1]))
 
     def write(self, path: str | Path) -> None:
         """Writes the last epochs as a Chrome trace, which Perfetto opens."""

@@ -224,32 +224,10 @@ def test_an_error_closes_the_files_and_leaves_no_summary(tmp_path: Path) -> None
         log.epoch(record(2))
 
 
-# --- TensorBoard
+# --- imports
 
 
-def test_tensorboard_scalars(tmp_path: Path) -> None:
-    with run_log(tmp_path, tensorboard=True) as log:
-        log.epoch(record(1))
-        log.epoch(record(2, val=0.75))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    scalars = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
-    assert set(scalars) == {
-        "loss", "epoch_s", "bubble_fraction", "memory/peak_bytes", "memory/table_bytes",
-        *(f"accuracy/{split}" for split in ("train", "val", "test")),
-        *(f"comm_bytes/{k}" for k in ("boundary", "carried", "halo", "gradient", "evaluation")),
-    }  # fmt: skip
-    assert scalars["accuracy/val"] == [(2, 0.75)]
-    assert scalars["memory/peak_bytes"] == [(1, 200.0), (2, 200.0)]
-    assert scalars["loss"] == [(epoch, pytest.approx(0.4123457)) for epoch in (1, 2)]
-
-
-def test_without_tensorboard_torch_is_not_loaded() -> None:
+def test_torch_is_not_loaded() -> None:
     code = "import sys, gnnpipe.telemetry; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

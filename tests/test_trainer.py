@@ -104,7 +104,8 @@ def test_commands_leave_the_same_run_directory(
     overrides = overrides_for(graph_file, tmp_path / "run", "run.tensorboard=true")
     assert main([name, *overrides]) == 0
     expected = FILES | {"tensorboard/", "checkpoints/"}
-    assert tree(tmp_path / "run") == expected | ({"partition/"} if name == "train" else set())
+    pipeline = {"partition/", "timeline.npz"} if name == "train" else set()
+    assert tree(tmp_path / "run") == expected | pipeline
     resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert resolved == to_dict(load_config(None, overrides))
     out = capsys.readouterr().out
@@ -174,7 +175,8 @@ def test_without_validation_nodes_there_is_no_best(graph_file: Path, tmp_path: P
     graph = replace(load_graph(str(graph_file)), val_mask=np.zeros(NUM_NODES, bool))
     summary = Trainer(load_config(None, overrides_for(graph_file, tmp_path)), graph=graph).fit()
     assert (summary["best_epoch"], summary["val_at_best"]) == (None, None)
-    assert tree(tmp_path) - {"partition/", "checkpoints/"} == FILES - {"weights/best.safetensors"}
+    left = tree(tmp_path) - {"partition/", "checkpoints/", "timeline.npz"}
+    assert left == FILES - {"weights/best.safetensors"}
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["accuracy"]["val"] is None
 
 
