@@ -168,7 +168,9 @@ def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, fl
     return replace(record, accuracy=accuracy, staleness=staleness, evaluation_s=evaluation_s), val
 
 
-def _record(epoch: int, parts: torch.Tensor, transfer_s: Sequence[float]) -> EpochRecord:
+def _record(
+    epoch: int, parts: torch.Tensor, transfer_s: Sequence[float], num_ways: int
+) -> EpochRecord:
     """Puts the figures of all ranks together, ``parts [ranks, figures]``."""
     loss, own_s, peak, table, evaluation_bytes = (column.tolist() for column in parts.T[:5])
     sent = parts[:, 5 : 5 + len(KINDS)].sum(dim=0).long().tolist()
