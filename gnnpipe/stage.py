@@ -251,7 +251,8 @@ class Stage:
         """
         dx, carried = gradient.x, dict(gradient.carried)
         records = self._records.pop(chunk_index)
-        for local, record in zip(reversed(self.layers), reversed(records), strict=True):
+        for local in reversed(self.layers):
+            record = records.pop()  # Its gradients go when the layer before has used them.
             assert isinstance(dx, Tensor)
             roots, grads = [record.out], [dx]
             for name, value in record.handed_on.items():
