@@ -87,6 +87,8 @@ class Cells(NamedTuple):
 
     chunks: list[Cell]
     whole: Cell
+    mirror_id: Tensor
+    """Original ids of all in-mirrors, int64."""
 
 
 def build_cells(
@@ -101,7 +103,8 @@ def build_cells(
         device: where the arrays live.
     """
     builder = _Builder(graph, operator, dtype, device)
-    return Cells([builder.cell(c, c + 1) for c in range(graph.num_chunks)], builder.whole())
+    chunks = [builder.cell(c, c + 1) for c in range(graph.num_chunks)]
+    return Cells(chunks, builder.whole(), torch.from_numpy(graph.node_id[graph.num_rows :]))
 
 
 class _Builder:

@@ -43,6 +43,10 @@ class Mesh(NamedTuple):
         """The stage rank that holds a stage, virtual stages included."""
         return stage_index % self.num_stages
 
+    def place(self, rank: int) -> str:
+        """The way of a rank among how many, as checkpoints name what is one way's own."""
+        return f"{self.way(rank)}of{self.num_ways}"
+
     def stages_of(self, stage_rank: int, *, virtual_stages: int) -> range:
         """The stages that a stage rank holds, first to last."""
         return range(stage_rank, self.num_stages * virtual_stages, self.num_stages)

@@ -28,8 +28,10 @@ from gnnpipe.subgraph import training_part
 from gnnpipe.state import (
     history_state,
     load_history,
+    load_mirrors,
     load_model_state,
     load_state,
+    mirror_state,
     model_state,
     named_state,
 )
@@ -298,6 +300,8 @@ class PipelineRun:
     def state(self, *, histories: bool) -> dict[str, Tensor]:
         """What this rank adds to a checkpoint: way 0 the model, each way its own rows."""
         tensors = history_state(self._local) if histories else {}
+        if histories and self._comm.formats.halo != "fp32":
+            tensors |= mirror_state(self._local, self._comm.mesh.place(self.rank))
         if self._comm.mesh.way(self.rank) == 0:
             layers = [(local.layer_index, local.layer) for local in self._local]
             tensors |= model_state(layers, self._optimizer)
@@ -317,6 +321,7 @@ class PipelineRun:
                 load_history(local, shards)
                 # Own rows -> the ways that mirror them.
                 self._comm.pull(local.table.values, local.cells.whole.in_exchanges)()
+                load_mirrors(local, shards, self._comm.mesh.place(self.rank))
                 local.table.warm()
         self.usage()  # No epoch's business.
 

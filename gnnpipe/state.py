@@ -2,7 +2,8 @@
 
 ``layers.{i}.{parameter}``, ``optimizer.layers.{i}.{parameter}.{key}``, ``history.{i}`` (own rows,
 beside ``node_id``). Weights and moments are equal on all ways, so way 0 writes them; each way
-writes the rows that it owns. Mirrors are copies: they are pulled again from their owners.
+writes the rows that it owns. Mirrors are copies: they are pulled again from their owners, unless
+messages round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +83,31 @@ def load_history(local: LocalLayer, shards: Shards) -> None:
     cell = local.cells.whole
     rows = shards.rows(f"history.{local.layer_index}", cell.node_id)
     local.table.values[cell.rows] = rows.to(local.table.values)
+
+
+def mirror_state(layers: Iterable[LocalLayer], place: str) -> dict[str, Tensor]:
+    """The historical values of this way's mirrors, by layer, and whose they are.
+
+    Args:
+        layers: of this rank.
+        place: this way among how many, ``{way}of{ways}``.
+    """
+    tensors = {}
+    for local in layers:
+        if local.table is not None:
+            rows = local.cells.whole.in_mirrors
+            tensors[f"mirrors.{local.layer_index}.{place}"] = local.table.historical[rows]
+            tensors[f"mirror_id.{place}"] = local.cells.mirror_id
+    return tensors
+
+
+def load_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
+    """Overwrites the mirrors of one layer by those that a checkpoint has of the very nodes."""
+    assert local.table is not None
+    name, own = f"mirrors.{local.layer_index}.{place}", local.cells.mirror_id
+    if name in shards and torch.equal(shards.tensor(f"mirror_id.{place}"), own):
+        values = local.table.values
+        values[local.cells.whole.in_mirrors] = shards.tensor(name).to(values)
 
 
 def _parameters(layers: Layers) -> dict[str, nn.Parameter]:

@@ -75,8 +75,7 @@ class WeightSums:
 
     def name(self, layer_index: int) -> str:
         """What a checkpoint calls this way's debt of one layer."""
-        mesh = self._comm.mesh
-        return f"rounding.{layer_index}.{mesh.way(self._comm.rank)}of{mesh.num_ways}"
+        return f"rounding.{layer_index}.{self._comm.mesh.place(self._comm.rank)}"
 
     def _start_shares(
         self, layer_index: int, bucket: Tensor, epoch: int
