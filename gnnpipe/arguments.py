@@ -133,6 +133,7 @@ def _add_run(
     command.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
+    command.add_argument("--quiet", action="store_true", help="show warnings and errors only")
 
 
 def add_plan(command: "Parser") -> None:

@@ -104,7 +104,7 @@ def _train(options: argparse.Namespace) -> None:
     from gnnpipe.trainer import train
 
     with preflight.user_directory(config.run.dir, "run.dir"):
-        train(config)
+        train(config, is_quiet=options.quiet)
 
 
 def _reference(options: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def _reference(options: argparse.Namespace) -> None:
     from gnnpipe.trainer import run_reference
 
     with preflight.user_directory(config.run.dir, "run.dir"):
-        run_reference(config)
+        run_reference(config, is_quiet=options.quiet)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -1,13 +1,32 @@
 """What a person watching a run sees: a live display on a terminal, log lines elsewhere."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from gnnpipe.metrics import EpochRecord
+
+MOST_RANKS = 16
+"""Ranks that get a bar; a terminal has few lines."""
+BAR_CELLS = 30
+REFRESH_PER_S = 1
+"""Each takes a few milliseconds, in which the rank that shows it cannot start a kernel."""
+
+logger = logging.getLogger("gnnpipe")
 
 
 class Display(Protocol):
@@ -22,9 +41,54 @@ class Display(Protocol):
 
 def open_display(console: Console, *, epochs: int, log_every: int) -> Display:
     """The display that fits where the output goes."""
-    if console.is_interactive:
+    if console.is_interactive and not is_quiet():
         return LiveDisplay(console, epochs=epochs)
     return LogDisplay(epochs=epochs, log_every=log_every)
+
+
+def be_quiet() -> None:
+    """Shows no progress in this process from now on, only warnings."""
+    logger.setLevel(logging.WARNING)
+
+
+def is_quiet() -> bool:
+    """Whether :func:`be_quiet` was called."""
+    return logger.level >= logging.WARNING
+
+
+@contextmanager
+def working(what: str, console: Console | None = None) -> Iterator[None]:
+    """Shows what takes so long, and for how long already; a line in the log off a terminal.
+
+    Args:
+        what: such as ``loading cora``.
+        console: where a person may be watching; by default standard error.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_interactive or is_quiet():
+        logger.info("%s", what)
+        yield
+        return
+    columns = (SpinnerColumn(finished_text=" "), TextColumn(what), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        yield
+        progress.update(task, total=1, completed=1)
+
+
+def show_table(table: str, verdict: str, console: Console | None = None) -> None:
+    """Shows a report whole on a terminal, its verdict alone elsewhere.
+
+    Args:
+        table: the lines of the report.
+        verdict: its last word.
+        console: where a person may be watching; by default standard error.
+    """
+    console = console or Console(stderr=True)
+    if console.is_interactive and not is_quiet():
+        console.print(Text(table))
+    else:
+        logger.info("%s", verdict)
 
 
 class LogDisplay:
@@ -34,7 +98,6 @@ class LogDisplay:
     """
 
     def __init__(self, *, epochs: int, log_every: int) -> None:
-        self._logger = logging.getLogger("gnnpipe")
         self._log_every = log_every
         self._epoch_width = max(3, len(str(epochs)))
         self._accuracy: Mapping[str, float | None] | None = None
@@ -54,15 +117,22 @@ class LogDisplay:
 
     def _log_pending(self) -> None:
         if self._pending is not None:
-            self._logger.info("%s", self._pending)
+            logger.info("%s", self._pending)
         self._pending = None
 
 
 class LiveDisplay:
-    """A progress bar with the time left and the latest figures."""
+    """Progress with the time left, the latest figures, and how busy each rank is::
+
+    100/200 ========----- 0:00:18  loss 0.412  val 0.731  182 ms/epoch  bubble 0.19
+    sent 12.3 MB/s  evaluation 0.31 s
+    rank 0 ########################......  busy  81%   1.20 GB
+    rank 1 ######################........  busy  75%   1.10 GB
+    """
 
     def __init__(self, console: Console, *, epochs: int) -> None:
         self._accuracy: Mapping[str, float | None] | None = None
+        self._evaluation_s: float | None = None
         # Fits 80 columns.
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -71,22 +141,51 @@ class LiveDisplay:
             TextColumn("{task.description}"),
             console=console,
         )
-        self._task = self._progress.add_task("", total=epochs)
-        self._progress.start()
+        self._task = self._progress.add_task("starting ...", total=epochs)
+        self._live = Live(self._progress, console=console, refresh_per_second=REFRESH_PER_S)
+        self._live.start()
 
     def show(self, record: EpochRecord) -> None:
         """Moves the bar and shows the epoch's figures."""
         self._accuracy = record.accuracy or self._accuracy
+        self._evaluation_s = record.evaluation_s or self._evaluation_s
         loss, val, milliseconds, bubble = _figures(record, self._accuracy)
         self._progress.update(
             self._task,
             completed=record.epoch,
             description=f"{loss}  {val}  {milliseconds}/epoch  {bubble}",
         )
+        evaluation = (
+            "" if self._evaluation_s is None else f"  evaluation {self._evaluation_s:.2f} s"
+        )
+        line = Text(f"sent {_rate(record)}{evaluation}")
+        self._live.update(Group(self._progress, line, *rank_bars(record)))
 
     def close(self) -> None:
         """Draws the last state and hands the terminal back."""
-        self._progress.stop()
+        self._live.stop()
+
+
+def rank_bars(record: EpochRecord) -> list[Text]:
+    """How much of the epoch each rank computed, and the most memory it has held."""
+    lines = []
+    ranks = range(len(record.compute_s))
+    for rank in ranks[:MOST_RANKS]:
+        share = min(max(record.compute_s[rank] / max(record.epoch_s, 1e-9), 0.0), 1.0)
+        busy = round(share * BAR_CELLS)
+        bar = Text(f"rank {rank:<3d} ")
+        bar.append("#" * busy, style="green").append("." * (BAR_CELLS - busy), style="dim")
+        memory = record.peak_memory_bytes[rank] / 1e9
+        lines.append(bar.append(f"  busy {share:4.0%}  {memory:6.2f} GB"))
+    if len(ranks) > MOST_RANKS:
+        lines.append(Text(f"... {len(ranks) - MOST_RANKS} more ranks"))
+    return lines
+
+
+def _rate(record: EpochRecord) -> str:
+    """Bytes that all ranks send in a second of training."""
+    sent = sum(n for kind, n in record.comm_bytes.items() if kind != "evaluation")
+    return f"{sent / max(record.epoch_s, 1e-9) / 1e6:.1f} MB/s"
 
 
 def _figures(record: EpochRecord, accuracy: Mapping[str, float | None] | None) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.recorder import Array
 from partition import Assignment, quality, table
 
-MOST_REPORTED_EDGES = 200_000_000
-"""Beyond this many edges the report takes minutes; who wants it asks ``python -m partition``."""
+MOST_REPORTED_EDGES = 30_000_000
+"""Beyond, the report takes more than half a minute; who wants it asks ``python -m partition``."""
 BLOCK_EDGES = 8_000_000
 
 
@@ -48,7 +48,7 @@ def cut_report(chunked: ChunkedGraph) -> str:
     """
     num_edges = len(chunked.indices)
     if num_edges > MOST_REPORTED_EDGES:
-        return f"{num_edges:,} edges are too many to measure beside a run"
+        return f"{num_edges:,} edges: too many to measure here; python -m partition reports on any number"
     C, W = chunked.num_chunks, chunked.num_ways
     sizes = np.diff(chunked.cell_ptr)
     cell = np.repeat(np.arange(C * W, dtype=np.int32), sizes)

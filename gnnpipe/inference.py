@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, from_dict, load_config, to_dict
+from gnnpipe.console import working
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
 from gnnpipe.interchange import write_rows
@@ -75,7 +76,8 @@ def evaluate_run(
     """
     loaded = _load(Source(run_dir, weights, layers, graph))
     epoch = int(loaded.metadata["epoch"]) if "epoch" in loaded.metadata else None
-    return {"weights": weights, "epoch": epoch, "accuracy": loaded.run.evaluate()}
+    with working("evaluating"):
+        return {"weights": weights, "epoch": epoch, "accuracy": loaded.run.evaluate()}
 
 
 def predict_run(
@@ -127,7 +129,7 @@ def score_rows(source: Source, *, is_embedding: bool = False) -> NDArray[Any]:
     def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         entering.append(inputs[0])
 
-    with last.register_forward_pre_hook(note):
+    with last.register_forward_pre_hook(note), working("predicting"):
         scores = engine.infer()
     rows = entering[0] if is_embedding else scores
     assert isinstance(rows, Tensor)

@@ -14,7 +14,9 @@ from torch import nn
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config
+from gnnpipe.console import be_quiet, show_table, working
 from gnnpipe.costs import LATENCY_US, LOCAL_GBPS, Links
+from gnnpipe.cut_facts import cut_report
 from gnnpipe.datasets import from_pyg, load_graph
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
@@ -148,23 +150,25 @@ class Trainer:
         return start._replace(partition=path).to_json()
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, is_quiet: bool = False) -> None:
     """``python -m gnnpipe train``: trains and says where everything is."""
-    start_logging()
+    start_logging(is_quiet=is_quiet)
     summary = Trainer(config).fit()
-    if summary:
+    if summary and not is_quiet:
         sys.stdout.write(summary_text(summary, config.run.dir) + "\n")
 
 
-def run_reference(config: Config) -> None:
+def run_reference(config: Config, *, is_quiet: bool = False) -> None:
     """``python -m gnnpipe reference``: the plain full-graph loop, same run directory."""
-    start_logging()
+    start_logging(is_quiet=is_quiet)
     with (
         stop_requests(is_on=config.checkpoint.every > 0) as request,
         join(device=config.device, timeout_s=config.run.timeout_s) as world,
     ):
         outcome = _fit_reference(config, world, request)
-    sys.stdout.write(summary_text(finished(outcome), config.run.dir) + "\n")
+    summary = finished(outcome)
+    if not is_quiet:
+        sys.stdout.write(summary_text(summary, config.run.dir) + "\n")
 
 
 def _fit_reference(config: Config, world: World, request: StopRequest) -> Outcome:
@@ -201,41 +205,39 @@ def set_threads(config: Config, world_size: int, start: Start | None = None) -> 
 def load_data(config: Config) -> Graph:
     """Loads the configured graph."""
     data = config.data
-    logger.info("loading %s", data.name)
-    return load_graph(
-        data.name,
-        root=data.root,
-        split=data.split,
-        undirected=data.undirected,
-        features=data.features,
-        row_normalize=data.row_normalize,
-    )
+    with working(f"loading {data.name}"):
+        return load_graph(
+            data.name,
+            root=data.root,
+            split=data.split,
+            undirected=data.undirected,
+            features=data.features,
+            row_normalize=data.row_normalize,
+        )
 
 
 def cut_graph(graph: Graph, config: Config, *, num_chunks: int | None = None) -> ChunkedGraph:
     """Cuts a graph into chunks and ways as configured, or into another number of chunks."""
     wanted, num_ways = config.partition, config.parallel.num_ways
     num_chunks = num_chunks or wanted.num_chunks
-    logger.info(
-        "cutting %s nodes into %d chunks by %s",
-        f"{graph.num_nodes:,}",
-        num_chunks,
-        wanted.method,
-    )
-    try:
-        assignment = assign(
-            graph.indptr,
-            graph.indices,
-            num_chunks=num_chunks,
-            num_ways=num_ways,
-            method=wanted.method,
-            seed=wanted.seed,
-            file=wanted.file,
-        )
-    except PartitionError as error:
-        raise UserError(str(error)) from error
-    ids = (assignment.chunk_id, assignment.way_id)
-    return chunk.cut(graph, *ids, num_ways=num_ways, method=wanted.method, seed=wanted.seed)
+    nodes = f"{graph.num_nodes:,} nodes"
+    with working(f"cutting {nodes} into {num_chunks} chunks by {wanted.method}"):
+        try:
+            ids = assign(
+                graph.indptr,
+                graph.indices,
+                num_chunks=num_chunks,
+                num_ways=num_ways,
+                method=wanted.method,
+                seed=wanted.seed,
+                file=wanted.file,
+            )
+        except PartitionError as error:
+            raise UserError(str(error)) from error
+        cut = chunk.cut(graph, *ids, num_ways=num_ways, method=wanted.method, seed=wanted.seed)
+    report = cut_report(cut)
+    show_table(report, report.splitlines()[-1])
+    return cut
 
 
 def _whole_path(config: Config) -> Path:
@@ -281,6 +283,8 @@ def adapted(
     return layers
 
 
-def start_logging() -> None:
-    """Sends progress to standard error, plainly."""
+def start_logging(*, is_quiet: bool = False) -> None:
+    """Sends progress to standard error, plainly; with ``is_quiet`` only warnings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if is_quiet:
+        be_quiet()

@@ -23,13 +23,16 @@ class FakeTrainer(types.ModuleType):
         super().__init__("gnnpipe.trainer")
         self.calls: list[tuple[Any, ...]] = []
         self.threads = ""
+        self.is_quiet: bool | None = None
         self.error: BaseException | None = None
 
-    def train(self, config: Config) -> None:
+    def train(self, config: Config, *, is_quiet: bool) -> None:
         self.note("train", config)
+        self.is_quiet = is_quiet
 
-    def run_reference(self, config: Config) -> None:
+    def run_reference(self, config: Config, *, is_quiet: bool) -> None:
         self.note("run_reference", config)
+        self.is_quiet = is_quiet
 
     def evaluate_run(self, run_dir: str, *, weights: str, graph: None) -> dict[str, Any]:
         self.note("evaluate_run", run_dir, weights)
@@ -97,6 +100,14 @@ def test_print_config_stands_anywhere_and_trains_nothing(
     assert main(["reference", "--print-config"]) == 0
     assert capsys.readouterr().out == to_yaml(Config())
     assert trainer.calls == []
+
+
+@pytest.mark.parametrize("command", ["train", "reference"])
+def test_quiet_is_passed_on(command: str, trainer: FakeTrainer) -> None:
+    assert main([command, "seed=1"]) == 0
+    assert trainer.is_quiet is False
+    assert main([command, "seed=1", "--quiet"]) == 0
+    assert trainer.is_quiet is True
 
 
 def test_path_with_an_equals_sign_is_a_path(trainer: FakeTrainer) -> None:

@@ -5,10 +5,12 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from gnnpipe.console import be_quiet, rank_bars, show_table, working
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import Tally, json_text, metrics_line
 from gnnpipe.telemetry import (
@@ -275,20 +278,86 @@ def test_lines_keep_their_width(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert len(first) == len(second)
 
 
-def test_a_terminal_shows_progress_in_80_columns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, logger="gnnpipe")
-    monkeypatch.setenv("TERM", "xterm")
+def terminal() -> tuple[Console, io.StringIO]:
     screen = io.StringIO()
-    terminal = Console(
+    console = Console(
         file=screen, force_terminal=True, force_interactive=True, width=80, no_color=True
     )
-    with run_log(tmp_path, epochs=200, console=terminal) as log:
+    return console, screen
+
+
+@pytest.fixture
+def _loud(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A terminal, and the logger's level as it was."""
+    monkeypatch.setenv("TERM", "xterm")
+    level = logging.getLogger("gnnpipe").level
+    yield
+    logging.getLogger("gnnpipe").setLevel(level)
+
+
+@pytest.mark.usefixtures("_loud")
+def test_a_terminal_shows_progress_and_every_rank_in_80_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="gnnpipe")
+    console, screen = terminal()
+    with run_log(tmp_path, epochs=200, console=console) as log:
         for epoch in range(1, 101):
-            log.epoch(record(epoch, val=0.731 if epoch == 1 else None))
-    last_line = [line for line in screen.getvalue().splitlines() if "/200" in line][-1]
+            log.epoch(record(epoch, val=0.731 if epoch == 1 else None, evaluation_s=0.5))
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    last_line = [line for line in lines if "/200" in line][-1]
     assert "100/200" in last_line
     assert "loss 0.412  val 0.731  182 ms/epoch  bubble 0.19" in last_line
     assert "0:0" in last_line  # the time left
+    assert [line for line in lines if "sent" in line][-1] == "sent 0.0 MB/s  evaluation 0.50 s"
+    first, second = (next(x for x in reversed(lines) if f"rank {r}" in x) for r in (0, 1))
+    assert first == "rank 0   " + "#" * 16 + "." * 14 + "  busy  55%    0.00 GB"
+    assert second == "rank 1   " + "#" * 30 + "  busy 100%    0.00 GB"
+    assert logged(caplog) == []
+
+
+def test_only_the_first_ranks_get_a_bar() -> None:
+    many = record(1, compute_s=[0.1] * 40, peak_memory_bytes=[2_500_000_000] * 40)
+    lines = [text.plain for text in rank_bars(many)]
+    assert len(lines) == 17
+    assert lines[0].endswith("busy  55%    2.50 GB")
+    assert lines[-1] == "... 24 more ranks"
+
+
+@pytest.mark.usefixtures("_loud")
+def test_long_work_shows_how_long_it_has_taken(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gnnpipe")
+    console, screen = terminal()
+    with working("cutting 12 nodes", console):
+        pass
+    assert re.search("cutting 12 nodes .*0:00:0", screen.getvalue())
+    assert logged(caplog) == []
+    with working("cutting 13 nodes", quiet()):
+        pass
+    assert logged(caplog) == ["cutting 13 nodes"]
+
+
+@pytest.mark.usefixtures("_loud")
+def test_a_report_is_a_table_on_a_terminal_and_a_verdict_elsewhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="gnnpipe")
+    console, screen = terminal()
+    show_table("nodes 12\nverdict: good", "verdict: good", console)
+    assert screen.getvalue() == "nodes 12\nverdict: good\n"
+    show_table("nodes 12\nverdict: good", "verdict: good", quiet())
+    assert logged(caplog) == ["verdict: good"]
+
+
+@pytest.mark.usefixtures("_loud")
+def test_quiet_shows_nothing_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    console, screen = terminal()
+    be_quiet()
+    with run_log(tmp_path, console=console, log_every=1) as log:
+        log.epoch(record(1))
+    with working("cutting", console):
+        show_table("nodes", "verdict", console)
+    with working("cutting", quiet()):
+        show_table("nodes", "verdict", quiet())
+    assert screen.getvalue() == ""
     assert logged(caplog) == []
