@@ -1,6 +1,7 @@
 """Builds one rank's engine from a chunked graph and a list of layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ class Plan(NamedTuple):
     virtual_stages: int
     period: int
     cross_chunk_gradient: float
+    steps: int = 1
+    """Optimizer steps of an epoch."""
     task: Task | None = None
     """None is single labels without weights."""
     is_trained: bool = True
@@ -99,10 +102,12 @@ def build_engine(
             factor=plan.cross_chunk_gradient,
         )
     cuts = [None, *(cut_before(layers, bound) for bound in bounds[1:-1])]
-    schedule = fill_drain(mesh.num_stages, chunked.num_chunks, plan.virtual_stages)
+    steps, virtual = plan.steps, plan.virtual_stages
+    schedule = fill_drain(mesh.num_stages, chunked.num_chunks, virtual, steps=steps)
     task = plan.task or SingleLabel()
     inputs = _inputs(chunked, graph, like, task=task, needs_features=0 in stages)
-    return Engine(stages, cuts, actions=schedule[stage_rank], inputs=inputs, comm=comm)
+    actions = schedule[stage_rank]
+    return Engine(stages, cuts, actions=actions, inputs=inputs, comm=comm, steps=steps)
 
 
 class _StageBuilder:
@@ -164,9 +169,22 @@ def _inputs(
         all_features=lambda: features.rows(0, num_rows),
         targets=[Targets(whole.labels[a:b], whole.masks[:, a:b]) for a, b in bounds],
         all_targets=whole,
-        num_train=task.normaliser(chunked),
+        chunk_train=[task.normaliser(part) for part in _chunk_labels(chunked)],
         task=task,
     )
+
+
+class _ChunkLabels(NamedTuple):
+    """The labels of one chunk, on all ways."""
+
+    labels: Any  # numpy
+    train_mask: Any
+    num_classes: int
+
+
+def _chunk_labels(chunked: ChunkedGraph) -> Iterator[_ChunkLabels]:
+    for rows in starmap(slice, pairwise(chunked.cell_ptr[:: chunked.num_ways])):
+        yield _ChunkLabels(chunked.labels[rows], chunked.train_mask[rows], chunked.num_classes)
 
 
 class _Features:

@@ -10,7 +10,15 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from gnnpipe.errors import UserError
-from gnnpipe.fields import check_keys, check_seed, convert, dotted, settle, shown
+from gnnpipe.fields import (
+    check_keys,
+    check_seed,
+    convert,
+    dotted,
+    require,
+    settle,
+    shown,
+)
 from gnnpipe.sections import (
     MODEL_OPTIONS,
     CheckpointConfig,
@@ -87,6 +95,11 @@ class Config:
         settle(self, "")
         check_seed("seed", self.seed)
         self._check_stages()
+        steps, chunks = self.training.steps_per_epoch, self.partition.num_chunks
+        rule = (
+            f"must be at most `partition.num_chunks` (={chunks}); take fewer steps, or more chunks"
+        )
+        require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
 
     @property

@@ -17,6 +17,8 @@ from gnnpipe.inbox import Inbox
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
+from gnnpipe.optimizer import squared_norm
+from gnnpipe.order import step_bounds
 from gnnpipe.recorder import message_tag
 from gnnpipe.schedule import Action
 from gnnpipe.stage import Flow, LocalLayer, Stage
@@ -56,8 +58,9 @@ class Inputs(NamedTuple):
     targets: list[Targets]
     """Labels and masks of each chunk."""
     all_targets: Targets
-    num_train: float
-    """What the loss is divided by: training nodes of the whole graph, or the task's own."""
+    chunk_train: list[float]
+    """What each chunk adds to the number that losses are divided by: its training nodes, on all
+    ways, or the task's own count."""
     task: Task
 
 
@@ -67,7 +70,8 @@ class Engine:
     Args:
         stages: this rank's stages by stage index.
         cuts: what crosses in front of each stage of the whole pipeline; None before the first.
-        actions: this rank's part of the schedule, one step.
+        actions: this rank's part of the schedule, one epoch.
+        steps: optimizer steps of the epoch.
         inputs: features and labels of this rank's rows.
         comm: its messages.
     """
@@ -80,6 +84,7 @@ class Engine:
         actions: Sequence[Action],
         inputs: Inputs,
         comm: Comm,
+        steps: int = 1,
     ) -> None:
         self.stages = stages
         self._cuts = cuts
@@ -88,6 +93,8 @@ class Engine:
         self._comm = comm
         self._last = len(cuts) - 1
         self._chunk_sizes = [targets.labels.shape[0] for targets in inputs.targets]
+        self._bounds = step_bounds(len(self._chunk_sizes), steps)
+        self._num_train = sum(inputs.chunk_train)
         self._handed: dict[Action, Flow] = {}
         self._loss_gradients: dict[int, Tensor] = {}
         self.weight_sums = WeightSums(comm)
@@ -97,38 +104,77 @@ class Engine:
         """Features and labels of this rank's rows."""
         return self._inputs
 
-    def train_step(self, epoch: int, order: Sequence[int], *, is_measured: bool = False) -> float:
-        """Runs all actions; parameter gradients are complete afterwards.
+    def step_train(self, order: Sequence[int], step: int) -> float:
+        """What the loss of one step is divided by; without training nodes, 0."""
+        low, high = self._bounds[step : step + 2]
+        return sum(self._inputs.chunk_train[chunk] for chunk in sorted(order[low:high]))
+
+    def train_step(
+        self, epoch: int, order: Sequence[int], *, step: int = 0, is_measured: bool = False
+    ) -> float:
+        """Runs the actions of one step; parameter gradients are complete afterwards.
+
+        A step without training nodes makes its rows fresh and has no gradients.
 
         Args:
             epoch: counted from 1.
             order: chunk at each position.
+            step: of the epoch, counted from 0.
             is_measured: measure the staleness on the way, for :meth:`staleness`.
 
         Returns:
-            This rank's part of the loss: the sum over its chunks where it holds the last
-            stage, 0 elsewhere.
+            This rank's part of the epoch's loss: the sum over the step's chunks where it holds
+            the last stage, 0 elsewhere.
         """
         self._comm.flush()  # What the step before sent has left long ago.
+        num_steps = len(self._bounds) - 1
         for stage in self.stages.values():
-            stage.start_epoch(epoch, is_measured=is_measured)
-        inbox = Inbox(self._comm, list(self._expected(order)))
+            if step == 0:
+                stage.start_epoch(epoch, is_measured=is_measured)
+            stage.start_step()
+        total = self.step_train(order, step)
+        loss = self._run(epoch, order, step, total=total)
+        self._comm.during("the weight sums")
+        self.weight_sums.finish()
+        for stage in self.stages.values():
+            stage.end_step(has_backward=total > 0)
+            if step == num_steps - 1:
+                stage.end_epoch()
+        return loss * (total / self._num_train) if total else 0.0
+
+    def _run(self, epoch: int, order: Sequence[int], step: int, *, total: float) -> float:
+        """All actions of a step; forwards only if there is nothing to learn."""
+        low, high = self._bounds[step : step + 2]
+        kinds = "FB" if total else "F"
+        actions = [a for a in self._actions if low <= a.chunk_index < high and a.kind in kinds]
+        inbox = Inbox(self._comm, list(self._expected(actions, order)))
+        number = (epoch - 1) * (len(self._bounds) - 1) + step + 1
         loss = 0.0
-        for action in self._actions:
+        for action in actions:
             start_s = time.perf_counter()
             stage_index, kind, position = action
             self._comm.during(repr(action), epoch, stage_index, ord(kind), position)
             if kind == "F":
-                loss += self._forward(action, order[position], inbox)
+                loss += self._forward(action, order[position], inbox, total=total)
             else:
-                self._backward(action, order[position], inbox, epoch=epoch)
+                self._backward(action, order[position], inbox, step=number, first=low)
             end_s = time.perf_counter()
             self._comm.recorder.action(kind, stage_index, position, start_s=start_s, end_s=end_s)
-        self._comm.during("the weight sums")
-        self.weight_sums.finish()
-        for stage in self.stages.values():
-            stage.end_epoch()
         return loss
+
+    def gradient_norm(self, num_layers: int) -> float:
+        """Norm of the gradient of all weights of the model, on every rank the same bits.
+
+        Args:
+            num_layers: layers of the whole model.
+        """
+        squares = torch.zeros(num_layers, dtype=torch.float64)
+        is_first_way = self._comm.mesh.way(self._comm.rank) == 0  # ways hold equal sums
+        for stage in self.stages.values() if is_first_way else ():
+            for local in stage.layers:
+                squares[local.layer_index] = squared_norm(local.layer.parameters())
+        # Each layer comes from one rank, so adding up over ranks rounds nothing; then by layer.
+        return math.sqrt(sum(self._comm.sum_over_ranks(squares).tolist()))
 
     def infer(self, *, into_tables: bool = False) -> Tensor | None:
         """Exact full-graph inference, stage after stage.
@@ -207,7 +253,7 @@ class Engine:
             math.sqrt(change / size) if size else None for change, size, tables in layers if tables
         ]
 
-    def _forward(self, action: Action, chunk: int, inbox: Inbox) -> float:
+    def _forward(self, action: Action, chunk: int, inbox: Inbox, *, total: float) -> float:
         if action.stage_index == 0:
             flow = Flow(self._inputs.features[chunk], {})
         else:
@@ -217,14 +263,18 @@ class Engine:
             following = action._replace(stage_index=action.stage_index + 1)
             self._hand_over(following, out, self._chunk_sizes[chunk])
             return 0.0
+        if not total:
+            return 0.0
         assert isinstance(out.x, Tensor)
         targets = self._inputs.targets[chunk]
         loss, self._loss_gradients[chunk] = self._inputs.task.loss(
-            out.x, targets.labels, targets.masks[0], total=self._inputs.num_train
+            out.x, targets.labels, targets.masks[0], total=total
         )
         return float(loss)
 
-    def _backward(self, action: Action, chunk: int, inbox: Inbox, *, epoch: int) -> None:
+    def _backward(
+        self, action: Action, chunk: int, inbox: Inbox, *, step: int, first: int
+    ) -> None:
         if action.stage_index == self._last:
             flow = Flow(self._loss_gradients.pop(chunk), {})
         else:
@@ -233,9 +283,9 @@ class Engine:
         def layer_done(local: LocalLayer) -> None:
             """Its gradients are complete: their sum travels while other layers compute."""
             gradients = [p.grad for p in local.layer.parameters() if p.grad is not None]
-            self.weight_sums.start(local.layer_index, gradients, epoch=epoch)
+            self.weight_sums.start(local.layer_index, gradients, step=step)
 
-        is_last = action.chunk_index == 0  # backwards run in reverse
+        is_last = action.chunk_index == first  # backwards run in reverse
         gradient = self.stages[action.stage_index].backward(
             chunk, flow, layer_done=layer_done if is_last else None
         )
@@ -270,9 +320,9 @@ class Engine:
                 name=f"for {action!r}",
             )
 
-    def _expected(self, order: Sequence[int]) -> Iterable[Message]:
-        """Everything that other ranks send during a step, in the order of need."""
-        for action in self._actions:
+    def _expected(self, actions: Sequence[Action], order: Sequence[int]) -> Iterable[Message]:
+        """Everything that other ranks send for some actions, in the order of need."""
+        for action in actions:
             is_end = action.stage_index == (0 if action.kind == "F" else self._last)
             if not is_end and self._source(action) != self._comm.rank:
                 num_rows = self._chunk_sizes[order[action.chunk_index]]
@@ -309,6 +359,6 @@ class Engine:
 
 
 def _tag(action: Action, item: int, num_chunks: int) -> int:
-    """A number that no other message between the same two ranks has in one step."""
+    """A number that no other message between the same two ranks has in one epoch."""
     position = action.stage_index * num_chunks + action.chunk_index
     return message_tag(position, item, is_backward=action.kind == "B")

@@ -17,7 +17,7 @@ import torch
 from gnnpipe import checkpoint
 from gnnpipe.comm import KINDS
 from gnnpipe.config import Config, to_dict, to_yaml
-from gnnpipe.errors import Stopped
+from gnnpipe.errors import Stopped, UserError
 from gnnpipe.metrics import EpochRecord, time_shares
 from gnnpipe.resume import Start
 from gnnpipe.run_directory import TIMELINE_FILE, TRACE_FILE, WEIGHTS_DIR, flatten
@@ -72,7 +72,7 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
     """
     config, start = plan.config, plan.start
     every, epochs = config.checkpoint.every, config.training.epochs
-    best_val = _restore(run, start)
+    best = _restore(run, start)
     saver = Saver(
         run,
         config.run.dir,
@@ -82,44 +82,69 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
     )
     log = _open_log(config, start) if run.rank == 0 else None
     with saver, log or nullcontext():
-        for epoch in range(start.epoch + 1, epochs + 1):
+        epoch = start.epoch
+        is_last = epoch == epochs or best.is_exhausted(epoch, config)
+        while not is_last:
+            epoch += 1
             record, val = _epoch(run, config, epoch)
             saver.finish()
             if log and record:
                 log.epoch(record)
                 for callback in plan.on_epoch_end:
                     callback(record)
-            if val > best_val:
-                best_val = val
+            if val > best.val:
+                best = _Best(val, epoch)
                 _save(run, config, "best", epoch)
+            is_last = epoch == epochs or best.is_exhausted(epoch, config)
             stopper = _stopper(run, request) if every else None
-            if every and (epoch % every == 0 or epoch == epochs or stopper):
+            if every and (epoch % every == 0 or is_last or stopper):
                 if log:
                     log.sync()
-                state = _state(plan, log, val=val, best_val=best_val)
-                saver.save(epoch, state, is_last=epoch == epochs or stopper is not None)
-            if stopper and epoch < epochs:
+                state = _state(plan, log, val=val, best=best)
+                saver.save(epoch, state, is_last=is_last or stopper is not None)
+            if stopper and not is_last:
                 return Outcome({}, Stopped(stopper, epoch))
-        _save(run, config, "last", epochs)
+        _save(run, config, "last", epoch)
         if log and config.run.trace:
             run.write_trace(Path(config.run.dir) / TRACE_FILE)
         return Outcome(log.finish(_facts(run, plan.threads)) if log else {})
 
 
-def _restore(run: Run, start: Start) -> float:
-    """Loads the checkpoint to start from, if any; returns the best validation figure so far."""
+class _Best(NamedTuple):
+    """The best validation figure so far, and its epoch."""
+
+    val: float = -math.inf
+    epoch: int = 0
+
+    def is_exhausted(self, epoch: int, config: Config) -> bool:
+        """Whether an evaluation ends the training: nothing has become better for too long."""
+        patience = config.training.early_stop
+        is_evaluated = epoch % config.training.eval_every == 0
+        if patience is not None and is_evaluated and epoch and self.val == -math.inf:
+            raise UserError(
+                f"`training.early_stop` (={patience}) must have labelled validation nodes to"
+                " watch; give the graph a val_mask, or set it to null"
+            )
+        return patience is not None and is_evaluated and epoch - self.epoch >= patience
+
+
+def _restore(run: Run, start: Start) -> _Best:
+    """Loads the checkpoint to start from, if any; returns the best so far."""
     if start.path is None:
-        return -math.inf
+        return _Best()
     with Shards(checkpoint.shard_paths(start.path)) as shards:
         run.restore(shards)
     best_val = start.state["best_val"]
-    return -math.inf if best_val is None else float(best_val)
+    # Without a figure, and in checkpoints that do not say, patience starts anew.
+    epoch = start.state.get("best_epoch") or start.epoch
+    return _Best(-math.inf if best_val is None else float(best_val), epoch)
 
 
-def _state(plan: LoopPlan, log: RunLog | None, *, val: float, best_val: float) -> dict[str, Any]:
+def _state(plan: LoopPlan, log: RunLog | None, *, val: float, best: _Best) -> dict[str, Any]:
     """What a checkpoint holds besides tensors; only rank 0's is written."""
-    finite = {"val": val, "best_val": best_val}
+    finite = {"val": val, "best_val": best.val}
     return {
+        "best_epoch": best.epoch,
         **{name: figure if math.isfinite(figure) else None for name, figure in finite.items()},
         **{key: plan.facts[key] for key in ("graph_fingerprint", "chunk_id_sha256")},
         "wall_s": log.wall_s if log else 0.0,

@@ -18,17 +18,25 @@ class Targets(NamedTuple):
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, train_mask: Tensor, *, num_train: int
+    logits: Tensor,
+    labels: Tensor,
+    train_mask: Tensor,
+    *,
+    num_train: int,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax cross-entropy of some rows' training nodes, and its gradient.
 
-    ``loss = sum over training rows of -log softmax(logits)[label] / num_train``
+    ``loss = sum over training rows of -log softmax(logits)[label] / num_train``; with smoothing,
+    that share of the target is spread evenly over all classes (Szegedy et al., "Rethinking the
+    inception architecture for computer vision").
 
     Args:
         logits: ``[num_rows, num_classes]``.
         labels: ``[num_rows]``, int64.
         train_mask: ``[num_rows]``, bool.
         num_train: training nodes of the whole graph, so that chunks add up.
+        smoothing: share of the target that all classes get, in [0, 1).
 
     Returns:
         The loss (a scalar) and its gradient ``[num_rows, num_classes]``.
@@ -38,7 +46,12 @@ def cross_entropy(
     log_p = torch.log_softmax(logits[rows], dim=1)
     label = labels[rows].unsqueeze(1)
     loss = -log_p.gather(1, label).sum() / num_train
-    at_rows = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=logits.dtype))
+    if smoothing:
+        loss = (1.0 - smoothing) * loss - smoothing * log_p.mean(dim=1).sum() / num_train
+    hit = torch.full_like(label, smoothing - 1.0, dtype=logits.dtype)
+    at_rows = log_p.exp_().scatter_add_(1, label, hit)
+    if smoothing:
+        at_rows -= smoothing / logits.shape[1]
     gradient[rows] = at_rows / num_train
     return loss, gradient
 

@@ -83,6 +83,7 @@ def _planner(
         "links": links,
         "element_bytes": 8 if config.model.dtype == "float64" else 4,
         "period": config.history.period,
+        "steps": config.training.steps_per_epoch,
     }
     given = None if request.profile is None else load_profile(request.profile)
     if request.shape is not None:

@@ -77,6 +77,7 @@ class Planner:
         links: the network.
         element_bytes: bytes of a number.
         period: epochs between snapshots, for the memory.
+        steps: optimizer steps of an epoch.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Planner:
         links: Links,
         element_bytes: int = 4,
         period: int = 1,
+        steps: int = 1,
     ) -> None:
         self._layers = layers
         self._graph = graph
@@ -95,6 +97,7 @@ class Planner:
         self._links = links
         self._bytes = element_bytes
         self._period = period
+        self._steps = steps
         self._ways: dict[int, WayShape] = {}
 
     def predict(self, setting: Setting) -> Prediction:
@@ -114,13 +117,15 @@ class Planner:
             is_local = self._links.ranks_per_host >= setting.num_ranks
             return self._links.seconds(crossing[cut], is_local=is_local)
 
+        steps = min(self._steps, setting.num_chunks)
         timeline = simulate(
-            fill_drain(S, setting.num_chunks, v),
+            fill_drain(S, setting.num_chunks, v, steps=steps),
             lambda action: spent[action.stage_index][action.kind == "B"],
             transfer=self._links.latency_s,
             occupancy=occupancy,
+            steps=steps,
         )
-        tail_s = max(self._tail_s(bounds, rank, setting) for rank in range(S))
+        tail_s = steps * max(self._tail_s(bounds, rank, setting) for rank in range(S))
         epoch_s = timeline.makespan_s + tail_s
         halo_s = sum(self._halo_s(i, setting) for i in range(len(self._layers)))
         busy_s = sum(timeline.busy_s) + tail_s * S - 2 * setting.num_chunks * halo_s
@@ -129,7 +134,7 @@ class Planner:
             sizes,
             epoch_s,
             max(0.0, 1.0 - busy_s / (S * epoch_s)),
-            self._comm_bytes(bounds, W),
+            self._comm_bytes(bounds, W, steps=steps),
             max(self._memory_bytes(bounds, rank, setting) for rank in range(S)),
             timeline,
         )
@@ -186,7 +191,9 @@ class Planner:
             volumes.append(both / 2 / (setting.num_chunks * setting.num_ways))
         return volumes
 
-    def _comm_bytes(self, bounds: Sequence[int], num_ways: int) -> dict[str, int]:
+    def _comm_bytes(
+        self, bounds: Sequence[int], num_ways: int, *, steps: int = 1
+    ) -> dict[str, int]:
         return predict_comm_bytes(
             self._layers,
             bounds=bounds,
@@ -195,6 +202,7 @@ class Planner:
             num_ways=num_ways,
             mirrors=self._way(num_ways).mirrors,
             element_bytes=self._bytes,
+            steps=steps,
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> int:

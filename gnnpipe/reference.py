@@ -5,6 +5,7 @@ pipeline uses appears here, so that the two can only agree by being right.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
+from gnnpipe.optimizer import Updates, learning_rate, make_optimizer, set_learning_rate
 from gnnpipe.tasks import SingleLabel, Task
 
 
@@ -25,8 +27,9 @@ class Reference:
         graph: nodes with one label each; -1 is unlabelled.
         layers: the model, with its initial weights; their dtype and device are the loop's.
         seed: seed of the dropout masks.
-        lr: Adam's learning rate.
-        weight_decay: factor of each weight that is added to its gradient.
+        lr: Adam's learning rate, where there are no ``updates``.
+        weight_decay: factor of each weight that is added to its gradient, likewise.
+        updates: how weights change.
     """
 
     def __init__(
@@ -35,8 +38,9 @@ class Reference:
         layers: Sequence[Layer],
         *,
         seed: int,
-        lr: float,
+        lr: float = 0.01,
         weight_decay: float = 0.0,
+        updates: Updates | None = None,
         task: Task | None = None,
     ) -> None:
         self.layers = nn.ModuleList(layers)
@@ -51,9 +55,8 @@ class Reference:
             split: torch.from_numpy(np.flatnonzero(mask & is_known)).to(weight.device)
             for split, mask in _splits(graph).items()
         }
-        self.optimizer = torch.optim.Adam(
-            self.layers.parameters(), lr=lr, weight_decay=weight_decay, foreach=False
-        )
+        self._updates = updates or Updates(lr=lr, weight_decay=weight_decay)
+        self.optimizer = make_optimizer(self.layers.parameters(), self._updates)
 
     def train_epoch(self, epoch: int) -> float:
         """Takes one optimizer step.
@@ -69,16 +72,23 @@ class Reference:
         logits = self._forward((self._seed, epoch))
         loss = self._loss(logits[train], self._labels[train])
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
+        max_norm = self._updates.clip_norm
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(self.layers.parameters(), max_norm, foreach=False)
+        set_learning_rate(self.optimizer, learning_rate(epoch, self._updates))
         self.optimizer.step()
         return float(loss.detach())
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """torch's own losses; single labels as a sum, which rounds as the pipeline's does."""
         if isinstance(self._task, SingleLabel):
+            cross_entropy = partial(
+                nn.functional.cross_entropy, label_smoothing=self._task.smoothing
+            )
             weight = self._task.class_weight
             if weight is not None:
-                return nn.functional.cross_entropy(scores, labels, weight.to(scores))
-            return nn.functional.cross_entropy(scores, labels, reduction="sum") / len(labels)
+                return cross_entropy(scores, labels, weight.to(scores))
+            return cross_entropy(scores, labels, reduction="sum") / len(labels)
         is_known = ~labels.isnan()
         is_real = self._task.kind == "regression"
         mean_loss = (

@@ -14,17 +14,24 @@ from gnnpipe.assembly import Plan, build_engine, initialise, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
+from gnnpipe.fields import require
 from gnnpipe.graph import Graph
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
+from gnnpipe.optimizer import (
+    Updates,
+    clip,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from gnnpipe.order import chunk_order
 from gnnpipe.reference import Reference
 from gnnpipe.reports import Reports
-from gnnpipe.schedule import chunk_order
 from gnnpipe.shards import Shards
 from gnnpipe.stage import LocalLayer
-from gnnpipe.subgraph import training_part
 from gnnpipe.state import (
     history_state,
     load_history,
@@ -35,6 +42,7 @@ from gnnpipe.state import (
     model_state,
     named_state,
 )
+from gnnpipe.subgraph import training_part
 from gnnpipe.tasks import Labelled, Task, make_task
 from gnnpipe.world import World, make_groups
 
@@ -60,7 +68,7 @@ class Run(Protocol):
     task: Task
 
     def train_epoch(self, epoch: int, *, is_measured: bool) -> float:
-        """Takes one optimizer step, measuring the staleness on the way if asked.
+        """Takes the epoch's optimizer steps, measuring the staleness on the way if asked.
 
         Returns:
             This rank's part of the loss.
@@ -179,6 +187,7 @@ class PipelineRun:
             virtual_stages=parallel.virtual_stages,
             period=config.history.period,
             cross_chunk_gradient=config.history.cross_chunk_gradient,
+            steps=config.training.steps_per_epoch,
             task=configured_task(config, chunked),
         )
         assert plan.task is not None
@@ -189,20 +198,15 @@ class PipelineRun:
         if evaluated_on is not None:
             own = {local.layer_index: local.layer for local in self._local}
             same = [own.get(index, layer) for index, layer in enumerate(layers)]
-            plan = plan._replace(is_trained=False)
+            plan = plan._replace(is_trained=False, steps=1)
             self._evaluator = build_engine(
                 evaluated_on, same, plan=plan, comm=self._comm, like=like
             )
         world.answer(lambda: self._comm.action)
         self.table_bytes = sum(t.num_bytes for stage in self._stages for t in stage.tables)
         parameters = [p for stage in self._stages for p in stage.parameters]
-        # foreach would fuse parameters across layers, and so depend on the cut.
-        self._optimizer = torch.optim.Adam(
-            [{"params": parameters}],  # A group may be empty; a stage of hops has no weights.
-            lr=config.training.lr,
-            weight_decay=config.training.weight_decay,
-            foreach=False,
-        )
+        self._updates = configured_updates(config)
+        self._optimizer = make_optimizer(parameters, self._updates)
 
     def warm_start(self) -> None:
         """Fills the first history with the exact values of the initial weights."""
@@ -210,19 +214,32 @@ class PipelineRun:
             self.engine.infer(into_tables=True)
 
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
-        """Takes one optimizer step; returns this rank's part of the loss."""
+        """Takes the epoch's optimizer steps; returns this rank's part of the loss."""
         config = self._config
         order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
         recorder = self._comm.recorder
         recorder.start()
         self._comm.wait_s.clear()  # What was waited for between epochs is no part of one.
-        self._optimizer.zero_grad()
-        loss = self.engine.train_step(epoch, order, is_measured=is_measured)
-        start_s = time.perf_counter()
-        self._optimizer.step()
-        recorder.step(start_s=start_s, end_s=time.perf_counter())
+        set_learning_rate(self._optimizer, learning_rate(epoch, self._updates))
+        loss = 0.0
+        for step in range(config.training.steps_per_epoch):
+            self._optimizer.zero_grad()
+            loss += self.engine.train_step(epoch, order, step=step, is_measured=is_measured)
+            start_s = time.perf_counter()
+            if self.engine.step_train(order, step):
+                self._update()
+            recorder.step(start_s=start_s, end_s=time.perf_counter())
         self._reports.take(recorder.stop())
         return loss
+
+    def _update(self) -> None:
+        """One optimizer step, with the gradients of all ranks bounded together."""
+        max_norm = self._updates.clip_norm
+        if max_norm is not None:
+            self._comm.during("the norm of the gradient")
+            norm = self.engine.gradient_norm(len(self._layers))
+            clip((p for s in self._stages for p in s.parameters), norm=norm, max_norm=max_norm)
+        self._optimizer.step()
 
     def staleness(self) -> list[float | None]:
         """Relative drift per layer in the last measured epoch, on every rank."""
@@ -338,6 +355,9 @@ class ReferenceRun:
     table_bytes = 0
 
     def __init__(self, config: Config, graph: Graph, *, device: torch.device) -> None:
+        steps = config.training.steps_per_epoch
+        rule = "must be 1 for the plain loop, which has no chunks; set it to 1"
+        require(steps == 1, "training.steps_per_epoch", steps, rule)
         like = torch.empty(0, dtype=getattr(torch, config.model.dtype), device=device)
         self.layers = [
             initialise(layer, seed=config.seed, index=index, like=like)
@@ -350,8 +370,7 @@ class ReferenceRun:
             trained,
             self.layers,
             seed=config.seed,
-            lr=config.training.lr,
-            weight_decay=config.training.weight_decay,
+            updates=configured_updates(config),
             task=self.task,
         )
         self._evaluator = self.reference
@@ -410,7 +429,13 @@ class ReferenceRun:
 
 def configured_task(config: Config, graph: Labelled) -> Task:
     """The task that the configuration names, on the labels that the graph has."""
-    return make_task(config.task.kind, graph, class_weight=config.task.class_weight)
+    task, smoothing = config.task, config.training.label_smoothing
+    return make_task(task.kind, graph, class_weight=task.class_weight, smoothing=smoothing)
+
+
+def configured_updates(config: Config) -> Updates:
+    """How the configuration wants weights to change."""
+    return Updates(*(getattr(config.training, name) for name in Updates._fields))
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

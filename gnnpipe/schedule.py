@@ -6,14 +6,15 @@ of fresh rows flow from later chunks to earlier ones), which rules out 1F1B: no 
 start before the last forward of its stage.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import ceil, floor
 from typing import Literal, NamedTuple
 
-from gnnpipe.counter import stream_key
 from gnnpipe.errors import UserError
+from gnnpipe.order import step_bounds
 
 
 class ScheduleError(ValueError):
@@ -37,29 +38,9 @@ class Action(NamedTuple):
 Schedule = list[list[Action]]
 
 
-def chunk_order(seed: int, epoch: int, num_chunks: int, *, kind: str) -> list[int]:
-    """The order in which an epoch works through the chunks.
-
-    It depends on nothing but the arguments: every rank draws it alone, and a resumed run
-    draws what the interrupted one would have.
-
-    Args:
-        seed: The run's seed.
-        epoch: Counted from 1.
-        num_chunks: Number of chunks ``C``.
-        kind: ``shuffled``, or ``fixed`` for ``0, 1, ... C - 1``.
-
-    Returns:
-        A permutation of the chunks, ``[C]``: position in the epoch to chunk.
-    """
-    if kind == "fixed":
-        return list(range(num_chunks))
-    if kind == "shuffled":
-        return sorted(range(num_chunks), key=lambda chunk: stream_key(seed, epoch, chunk))
-    raise UserError(f"`kind` (={kind!r}) must be 'shuffled' or 'fixed'; name one of the two")
-
-
-def fill_drain(num_stages: int, num_chunks: int, virtual_stages: int = 1) -> Schedule:
+def fill_drain(
+    num_stages: int, num_chunks: int, virtual_stages: int = 1, *, steps: int = 1
+) -> Schedule:
     """Lists all forwards, then all backwards in reverse order.
 
     The last rank turns around at once; the others wait for it. 2 stages, 3 chunks::
@@ -78,10 +59,18 @@ def fill_drain(num_stages: int, num_chunks: int, virtual_stages: int = 1) -> Sch
     The bubble is ``(S - 1) / (v C + S - 1)`` when ``C >= S`` and all actions of a kind take
     equally long.
 
+    Several steps follow one another, each with its own fill and drain, so the bubble is that of
+    ``C / steps`` chunks. 2 stages, 3 chunks, 2 steps::
+
+        clock   0    1    2    3    4    5    6    7    8    9
+        rank 0  0F0  0F1  .    .    0B1  0B0  0F2  .    .    0B2
+        rank 1  .    1F0  1F1  1B1  1B0  .    .    1F2  1B2  .
+
     Args:
         num_stages: Ranks of the pipeline ``S``.
-        num_chunks: Chunks ``C`` of the step.
+        num_chunks: Chunks ``C`` of the epoch.
         virtual_stages: Stages ``v`` of each rank; stage ``s`` lives on rank ``s % S``.
+        steps: Optimizer steps of the epoch, see :func:`step_bounds`.
 
     Returns:
         For each rank of the pipeline its actions, in order.
@@ -93,9 +82,11 @@ def fill_drain(num_stages: int, num_chunks: int, virtual_stages: int = 1) -> Sch
     schedule = []
     for rank in range(num_stages):
         stages = range(rank, num_stages * virtual_stages, num_stages)
-        forwards = [Action(s, "F", k) for s in stages for k in range(num_chunks)]
-        backwards = [Action(s, "B", k) for s, _, k in reversed(forwards)]
-        schedule.append(forwards + backwards)
+        actions = []
+        for first, last in pairwise(step_bounds(num_chunks, steps)):
+            forwards = [Action(s, "F", k) for s in stages for k in range(first, last)]
+            actions += forwards + [Action(s, "B", k) for s, _, k in reversed(forwards)]
+        schedule.append(actions)
     return schedule
 
 
@@ -176,6 +167,7 @@ def simulate(
     *,
     transfer: float | Callable[[Action], float] = 0.0,
     occupancy: float | Callable[[Action], float] = 0.0,
+    steps: int = 1,
 ) -> Timeline:
     """Predicts when each action runs.
 
@@ -189,6 +181,7 @@ def simulate(
             same for all or given by the sending action. Within a rank results are there at once.
         occupancy: Seconds that the result keeps the sending rank's link busy, before
             ``transfer`` begins.
+        steps: Optimizer steps of the epoch.
 
     Raises:
         ScheduleError: The ranks wait for each other; names the action each of them waits at.
@@ -219,7 +212,9 @@ def simulate(
         num_done = len(done)
         for rank, actions in enumerate(schedule):
             for action in actions[len(ranks[rank]) :]:
-                needs = dependencies(action, num_stages=num_stages, num_chunks=num_chunks)
+                needs = dependencies(
+                    action, num_stages=num_stages, num_chunks=num_chunks, steps=steps
+                )
                 missing = [needed for needed in needs if needed not in done]
                 if missing:
                     waiting[rank] = f"rank {rank} waits at {action} for {missing[0]}"
@@ -235,29 +230,46 @@ def simulate(
             raise ScheduleError(f"the schedule deadlocks: {', '.join(waiting.values())}")
 
 
-def dependencies(action: Action, *, num_stages: int, num_chunks: int) -> list[Action]:
+def dependencies(
+    action: Action, *, num_stages: int, num_chunks: int, steps: int = 1
+) -> list[Action]:
     """The actions whose results an action reads.
 
     A forward reads the previous stage's output and the rows of the chunk before (fresh values);
     a backward reads the next stage's gradient, what its forward kept, and the gradient rows
-    that the chunk after it left.
+    that the chunk after it left. The first forward of a step reads weights that the last
+    backward of the step before has changed.
     """
     stage, kind, chunk = action
+    bounds = step_bounds(num_chunks, steps)
+    step = bisect_right(bounds, chunk) - 1
+    first, end = bounds[step : step + 2]
     if kind == "F":
-        needs = [(stage - 1, chunk), (stage, chunk - 1)]
-        return [Action(s, "F", k) for s, k in needs if s >= 0 and k >= 0]
-    needs = [(stage + 1, chunk), (stage, chunk + 1)]
-    later = [Action(s, "B", k) for s, k in needs if s < num_stages and k < num_chunks]
-    return [Action(stage, "F", chunk), *later]
+        needs = [Action(stage - 1, "F", chunk)] if stage else []
+        if chunk > first:
+            needs.append(Action(stage, "F", chunk - 1))
+        elif step:
+            needs.append(Action(stage, "B", bounds[step - 1]))
+        return needs
+    needs = [Action(stage, "F", chunk)]
+    if stage + 1 < num_stages:
+        needs.append(Action(stage + 1, "B", chunk))
+    if chunk + 1 < end:
+        needs.append(Action(stage, "B", chunk + 1))
+    return needs
 
 
-def verify(schedule: Schedule, *, num_chunks: int, virtual_stages: int = 1) -> None:
-    """Checks that a schedule computes one whole step, in an order that can run.
+def verify(
+    schedule: Schedule, *, num_chunks: int, virtual_stages: int = 1, steps: int = 1
+) -> None:
+    """Checks that a schedule computes one whole epoch, in an order that can run.
 
     Raises:
         ScheduleError: An action is misplaced, missing, repeated or out of order, or deadlocks.
     """
     num_ranks = len(schedule)
+    bounds = step_bounds(num_chunks, steps)
+    reverse = [k for low, high in pairwise(bounds) for k in reversed(range(low, high))]
     for rank, actions in enumerate(schedule):
         stages = range(rank, num_ranks * virtual_stages, num_ranks)
         strays = [action for action in actions if action.stage_index not in stages]
@@ -271,12 +283,12 @@ def verify(schedule: Schedule, *, num_chunks: int, virtual_stages: int = 1) -> N
                     f"stage {stage} runs forwards of chunks {forwards}; each of the"
                     f" {num_chunks} must run exactly once, in order"
                 )
-            if backwards != forwards[::-1]:
+            if backwards != reverse:
                 raise ScheduleError(
                     f"stage {stage} runs backwards of chunks {backwards}; they must be"
-                    f" exactly the forwards reversed, {forwards[::-1]}"
+                    f" exactly the forwards reversed, {reverse}"
                 )
-    simulate(schedule, lambda action: 1.0)
+    simulate(schedule, lambda action: 1.0, steps=steps)
 
 
 def draw(timeline: Timeline, *, slot_s: float | None = None) -> str:

@@ -185,19 +185,45 @@ class TrainingConfig:
 
     epochs: int = 200
     """Passes over the graph."""
-    optimizer: Literal["adam"] = "adam"
-    """Update rule."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Update rule: Adam, Adam with decoupled weight decay, or gradient descent with momentum."""
     lr: float = 0.01
     """Learning rate."""
     weight_decay: float = 5.0e-4
-    """L2 penalty added to the gradient, times the weight."""
+    """L2 penalty added to the gradient, times the weight; adamw shrinks the weight instead."""
+    momentum: float = 0.9
+    """sgd: share of the last update in the next, in [0, 1)."""
+    schedule: Literal["cosine", "step"] | None = None
+    """Learning rate over the epochs: constant (null), falling to 0 along a cosine, or in steps."""
+    warm_up_epochs: int = 0
+    """First epochs, over which the learning rate rises linearly to lr."""
+    decay_every: int = 100
+    """step: epochs between two steps."""
+    decay: float = 0.5
+    """step: factor of the learning rate at each step, in (0, 1]."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all weights together; null is unbounded."""
+    label_smoothing: float = 0.0
+    """single_label: share of each target that is spread over all classes, in [0, 1)."""
+    early_stop: int | None = None
+    """Epochs without a better validation figure after which an evaluation ends the training."""
+    steps_per_epoch: int = 1
+    """Optimizer steps of an epoch, each over a group of chunks; histories carry the rest."""
     eval_every: int = 10
     """Epochs between exact evaluations; the last epoch is always evaluated."""
 
     def __post_init__(self) -> None:
         settle(self, "training")
-        at_least(self, "training", epochs=1, weight_decay=0, eval_every=1)
+        at_least(self, "training", epochs=1, weight_decay=0, eval_every=1, warm_up_epochs=0)
+        at_least(self, "training", decay_every=1, early_stop=1, steps_per_epoch=1)
         require(self.lr > 0, "training.lr", self.lr, "must be above 0; 0.01 is usual")
+        for key in ("momentum", "label_smoothing"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"training.{key}", value, "must be at least 0 and below 1")
+        rule = "must be above 0 and at most 1; 0.5 halves the learning rate at each step"
+        require(0 < self.decay <= 1, "training.decay", self.decay, rule)
+        is_bound = self.clip_norm is None or self.clip_norm > 0
+        require(is_bound, "training.clip_norm", self.clip_norm, "must be above 0, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +234,9 @@ class HistoryConfig:
     """Epochs between refreshes of the historical tables."""
     warm_start: Literal["exact", "zeros"] = "exact"
     """First history: one exact forward, or zeros."""
-    order: Literal["shuffled", "fixed"] = "shuffled"
-    """Order of the chunks: drawn anew every epoch, or always ascending."""
+    order: Literal["shuffled", "antithetic", "fixed"] = "shuffled"
+    """Order of the chunks: drawn anew every epoch, every second epoch the one before reversed, or
+    always ascending."""
     cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
 

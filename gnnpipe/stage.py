@@ -207,6 +207,21 @@ class Stage:
         for table in self.tables:
             table.start_epoch(epoch, is_measured=is_measured)
 
+    def start_step(self) -> None:
+        """No gradient of the step before reaches the next; its rows are historical now."""
+        for table in self.tables:
+            table.start_step()
+
+    def end_step(self, *, has_backward: bool = True) -> None:
+        """Ends an optimizer step.
+
+        Args:
+            has_backward: False drops what forwards have kept.
+        """
+        if not has_backward:
+            self._records.clear()
+        assert not self._records, "chunks without a backward"
+
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
         assert not self._records, "chunks without a backward"
@@ -300,8 +315,7 @@ class Stage:
             if trained is not None:
                 trained.warm()
             return
-        num_values, channels = trained.values.shape[0], local.layer.table_channels
-        yield Table(num_values, 0, channels, like=trained.values, period=1)
+        yield trained.for_inference()
 
 
 def _edge(value: Tensor) -> GradientEdge | None:

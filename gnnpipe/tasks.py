@@ -80,14 +80,16 @@ class SingleLabel(Task):
 
     Args:
         class_weight: factor of each class's nodes ``[num_classes]``; None for ones.
+        smoothing: share of the target that all classes get.
     """
 
     kind = "single_label"
     metric = "accuracy"
     tally_shape = (3, 2)
 
-    def __init__(self, class_weight: Tensor | None = None) -> None:
+    def __init__(self, class_weight: Tensor | None = None, *, smoothing: float = 0.0) -> None:
         self.class_weight = class_weight
+        self.smoothing = smoothing
 
     def labels_of(self, labels: Any, like: Tensor) -> Tensor:
         """Classes, int64, -1 where not known."""
@@ -105,11 +107,15 @@ class SingleLabel(Task):
     ) -> tuple[Tensor, Tensor]:
         """``sum of -w_y log softmax(scores)_y / total``."""
         if self.class_weight is None:
-            return cross_entropy(scores, labels, train_mask, num_train=int(total))
+            smoothing = self.smoothing
+            return cross_entropy(
+                scores, labels, train_mask, num_train=int(total), smoothing=smoothing
+            )
         weight = self.class_weight.to(scores)
         rows = train_mask.nonzero().squeeze(1)
         leaf = scores[rows].detach().requires_grad_()
-        loss = functional.cross_entropy(leaf, labels[rows], weight=weight, reduction="sum") / total
+        options: Any = {"weight": weight, "label_smoothing": self.smoothing, "reduction": "sum"}
+        loss = functional.cross_entropy(leaf, labels[rows], **options) / total
         return loss.detach(), _spread(loss, leaf, scores, rows)
 
     def tally(self, scores: Tensor, targets: Targets) -> Tensor:
@@ -227,7 +233,9 @@ class Regression(_Columns):
         return found
 
 
-def make_task(kind: str, graph: Labelled, *, class_weight: ClassWeight = None) -> Task:
+def make_task(
+    kind: str, graph: Labelled, *, class_weight: ClassWeight = None, smoothing: float = 0.0
+) -> Task:
     """The task of a graph.
 
     Args:
@@ -236,6 +244,7 @@ def make_task(kind: str, graph: Labelled, *, class_weight: ClassWeight = None) -
         graph: its labels.
         class_weight: of single_label: a factor for each class, or ``balanced``:
             training nodes / (classes that have any x training nodes of the class).
+        smoothing: of single_label: share of the target that all classes get.
 
     Raises:
         UserError: the labels are of another kind, or weights do not fit.
@@ -255,8 +264,13 @@ def make_task(kind: str, graph: Labelled, *, class_weight: ClassWeight = None) -
             f"`task.class_weight` goes with single_label only, not `task.kind` (={chosen}); "
             "leave it out"
         )
+    if chosen != "single_label" and smoothing:
+        raise UserError(
+            f"`training.label_smoothing` (={smoothing}) goes with single_label only, not "
+            f"`task.kind` (={chosen}); leave it out"
+        )
     if chosen == "single_label":
-        return SingleLabel(_class_weight(class_weight, graph))
+        return SingleLabel(_class_weight(class_weight, graph), smoothing=smoothing)
     if chosen == "regression":
         return Regression(labels.shape[1])
     return MultiTaskAuc() if chosen == "multi_task_auc" else MultiLabel()

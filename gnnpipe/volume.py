@@ -8,7 +8,7 @@ and M mirror rows over all ways::
     carried    2 N b  sum over cuts of the widths that cross on the way to a later layer
     halo       b (M_in + M_out)  sum over aggregating layers of the table's width
                2 b M_in          sum over gathering layers of it
-    gradient   2 (W - 1) b  sum of parameters, as a ring moves them
+    gradient   2 (W - 1) b  sum of parameters, as a ring moves them, for each optimizer step
 
 Depth does not enter the first two, the number of chunks enters none.
 """
@@ -37,6 +37,7 @@ def predict_comm_bytes(
     num_ways: int,
     mirrors: MirrorCounts,
     element_bytes: int,
+    steps: int = 1,
 ) -> dict[str, int]:
     """Bytes of one epoch over all ranks, by kind.
 
@@ -48,6 +49,8 @@ def predict_comm_bytes(
         num_ways: ways per stage.
         mirrors: of these ways.
         element_bytes: bytes of one number.
+        steps: optimizer steps of the epoch, all with training nodes; a step without any has no
+            backward.
     """
     cuts = [] if is_local_cut else bounds[1:-1]
     tables = [layer for layer in layers if layer.operator != "none"]
@@ -58,7 +61,7 @@ def predict_comm_bytes(
         "boundary": 2 * num_nodes * sum(layers[cut - 1].out_channels for cut in cuts),
         "carried": 2 * num_nodes * sum(sum(_carried_over(layers, cut)) for cut in cuts),
         "halo": halo_rows,
-        "gradient": 2 * (num_ways - 1) * num_parameters(layers),
+        "gradient": 2 * (num_ways - 1) * num_parameters(layers) * steps,
     }
     return {kind: count * element_bytes for kind, count in values.items()}
 

@@ -37,13 +37,13 @@ class WeightSums:
         self._open: list[Callable[[], None]] = []
         self._residuals: dict[int, Tensor] = {}
 
-    def start(self, layer_index: int, gradients: Sequence[Tensor], *, epoch: int) -> None:
+    def start(self, layer_index: int, gradients: Sequence[Tensor], *, step: int) -> None:
         """Starts to sum one layer's gradients over the ways, in place.
 
         Args:
             layer_index: place of the layer in the model.
             gradients: complete on this way; not to be touched before :meth:`finish`.
-            epoch: seeds random rounding.
+            step: optimizer steps so far, and one; seeds random rounding.
         """
         if self._comm.mesh.num_ways == 1 or not gradients:
             return
@@ -52,7 +52,7 @@ class WeightSums:
             wait = self._comm.start_sum(bucket)
             self._open.append(lambda: _scatter(bucket, gradients, wait))
         else:
-            share = self._start_shares(layer_index, bucket, epoch)
+            share = self._start_shares(layer_index, bucket, step)
             self._open.append(lambda: share(gradients))
 
     def finish(self) -> None:
@@ -78,7 +78,7 @@ class WeightSums:
         return f"rounding.{layer_index}.{self._comm.mesh.place(self._comm.rank)}"
 
     def _start_shares(
-        self, layer_index: int, bucket: Tensor, epoch: int
+        self, layer_index: int, bucket: Tensor, step: int
     ) -> Callable[[Sequence[Tensor]], None]:
         comm, ways, own = (
             self._comm,
@@ -95,7 +95,7 @@ class WeightSums:
         residual = torch.zeros_like(shares)
         payloads = []
         for peer in peers:
-            payload, value = self._round(shares[peer], (epoch, layer_index, own, peer))
+            payload, value = self._round(shares[peer], (step, layer_index, own, peer))
             payloads.append((peer, payload))
             residual[peer] = shares[peer] - value
         parts = {way: torch.empty_like(shares[0]) for way in peers} | {own: shares[own]}
@@ -106,7 +106,7 @@ class WeightSums:
             total = torch.zeros_like(shares[0])
             for way in range(ways):
                 total += parts[way]
-            payload, value = self._round(total, (epoch, layer_index, own, own))
+            payload, value = self._round(total, (step, layer_index, own, own))
             residual[own] = total - value
             self._residuals[layer_index] = residual
             result = torch.empty_like(shares)

@@ -1,5 +1,6 @@
 """Pipelines that run whole in this process, and the plain loop they are compared with."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,16 @@ from gnnpipe.history import Table
 from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.runs import PipelineRun, ReferenceRun, model_layers
+from gnnpipe.sections import TrainingConfig
 from gnnpipe.stage import LocalLayer
 from gnnpipe.world import World
 
 CPU = torch.device("cpu")
+TRAINING = {
+    key: value
+    for key, value in dataclasses.asdict(TrainingConfig()).items()
+    if key not in ("lr", "weight_decay")
+}
 MODELS = ["gcn", "sage", "gin", "gat", "gcnii", "resgcn+"]
 
 
@@ -30,7 +37,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
     """
     values: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 3, "hidden_channels": 8, "dropout": 0.5, "dtype": "float64"},
-        "training": {"lr": 0.01, "weight_decay": 5e-4},
+        "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
         "parallel": {"virtual_stages": 1, "layers_per_stage": None},
         "history": {
             "period": 1,

@@ -24,8 +24,8 @@ from gnnpipe.config import Config
 from gnnpipe.engine import Cut, Engine, cut_before
 from gnnpipe.graph import Graph
 from gnnpipe.models import build_layers
+from gnnpipe.order import chunk_order
 from gnnpipe.runs import PipelineRun
-from gnnpipe.schedule import chunk_order
 from gnnpipe.state import named_state
 
 # --- one chunk is exact full-graph training

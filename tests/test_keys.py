@@ -87,7 +87,11 @@ def test_bash_completes_commands_options_keys_and_values() -> None:
     assert completed("gnnpipe", "train", "--print") == ["--print-config"]
     assert completed("gnnpipe", "train", "model.dr") == ["model.dropout="]
     assert completed("gnnpipe", "train", "history.order", "=", "sh") == ["shuffled"]
-    assert completed("gnnpipe", "train", "history.order", "=") == ["shuffled", "fixed"]
+    assert completed("gnnpipe", "train", "history.order", "=") == [
+        "shuffled",
+        "antithetic",
+        "fixed",
+    ]
     assert completed("gnnpipe", "evaluate", "--we") == ["--weights"]
 
 

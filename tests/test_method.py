@@ -27,7 +27,7 @@ from gnnpipe.config import Config
 from gnnpipe.graph import Graph
 from gnnpipe.models.io import InputLayer, OutputLayer
 from gnnpipe.models.layer import GraphView, Layer, Operator
-from gnnpipe.schedule import chunk_order
+from gnnpipe.order import chunk_order
 
 # --- exact histories make the forward exact
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gnnpipe.errors import UserError
+from gnnpipe.order import chunk_order, step_bounds
 from gnnpipe.schedule import (
     Action,
     Schedule,
     ScheduleError,
-    chunk_order,
     dependencies,
     draw,
     fill_drain,
@@ -57,9 +57,7 @@ def test_shuffled_order_is_a_permutation_drawn_from_its_arguments_alone(
 
 
 def test_shuffled_order_is_the_same_in_another_process() -> None:
-    code = (
-        "from gnnpipe.schedule import chunk_order; print(chunk_order(7, 3, 16, kind='shuffled'))"
-    )
+    code = "from gnnpipe.order import chunk_order; print(chunk_order(7, 3, 16, kind='shuffled'))"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -97,8 +95,17 @@ def test_fixed_order_counts_up() -> None:
 
 
 def test_unknown_order_is_refused() -> None:
-    with pytest.raises(UserError, match=r"`kind` \(='sorted'\) must be 'shuffled' or 'fixed'"):
+    with pytest.raises(UserError, match=r"`kind` \(='sorted'\) must be 'shuffled', "):
         chunk_order(0, 1, 4, kind="sorted")
+
+
+@pytest.mark.parametrize("num_chunks", [2, 3, 8])
+def test_antithetic_orders_make_each_pair_fresh_once_in_two_epochs(num_chunks: int) -> None:
+    for epoch in (1, 3, 5):
+        pair = [chunk_order(4, e, num_chunks, kind="antithetic") for e in (epoch, epoch + 1)]
+        fresh = Counter(p for order in pair for p in combinations(order, 2))
+        assert fresh == dict.fromkeys(permutations(range(num_chunks), 2), 1)
+        assert pair[0] == chunk_order(4, epoch, num_chunks, kind="shuffled")
 
 
 # --- fill-drain
@@ -132,11 +139,56 @@ def test_the_drawings_in_the_documentation_are_what_is_simulated(virtual_stages:
         assert line in documented
 
 
+@given(st.integers(1, 40), st.data())
+def test_steps_cover_the_chunks_evenly(num_chunks: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, num_chunks))
+    bounds = step_bounds(num_chunks, steps)
+    sizes = [high - low for low, high in pairwise(bounds)]
+    assert (bounds[0], bounds[-1], len(sizes)) == (0, num_chunks, steps)
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_impossible_steps_are_refused(steps: int) -> None:
+    with pytest.raises(UserError, match=rf"`steps` \(={steps}\) must be at least 1 and at most"):
+        step_bounds(3, steps)
+
+
+def test_fill_drain_two_steps_are_two_pipelines_in_a_row() -> None:
+    assert fill_drain(2, 3, steps=2) == parse("""
+        0F0 0F1 0B1 0B0 0F2 0B2
+        1F0 1F1 1B1 1B0 1F2 1B2
+    """)
+    timeline = simulate(fill_drain(2, 3, steps=2), one_second, steps=2)
+    documented = [line.strip() for line in (fill_drain.__doc__ or "").splitlines()]
+    assert all(line in documented for line in draw(timeline).splitlines())
+    # Fill and drain are paid in each step: (C / k + S - 1) slots each way instead of C + S - 1.
+    whole = simulate(fill_drain(4, 8), one_second).makespan_s
+    assert whole == 2 * (8 + 3)
+    assert simulate(fill_drain(4, 8, steps=2), one_second, steps=2).makespan_s == 2 * 2 * (4 + 3)
+
+
+def test_a_step_waits_for_the_weights_of_the_one_before() -> None:
+    def needs(action: Action) -> list[str]:
+        found = dependencies(action, num_stages=2, num_chunks=4, steps=2)
+        return [repr(needed) for needed in found]
+
+    assert needs(Action(0, "F", 2)) == ["0B0"]
+    assert needs(Action(1, "F", 2)) == ["0F2", "1B0"]
+    assert needs(Action(1, "F", 3)) == ["0F3", "1F2"]
+    assert needs(Action(0, "B", 1)) == ["0F1", "1B1"]  # not 0B2, of the next step
+    early = parse("0F0 0F1 0F2 0F3 0B1 0B0 0B3 0B2")
+    with pytest.raises(ScheduleError, match="deadlocks: rank 0 waits at 0F2 for 0B0"):
+        verify(early, num_chunks=4, steps=2)
+
+
 @given(SIZES)
 def test_fill_drain_computes_a_whole_step(sizes: tuple[int, int, int]) -> None:
     num_stages, num_chunks, virtual_stages = sizes
-    schedule = fill_drain(num_stages, num_chunks, virtual_stages)
-    verify(schedule, num_chunks=num_chunks, virtual_stages=virtual_stages)
+    for steps in {1, num_chunks, max(1, num_chunks // 2)}:
+        schedule = fill_drain(num_stages, num_chunks, virtual_stages, steps=steps)
+        verify(schedule, num_chunks=num_chunks, virtual_stages=virtual_stages, steps=steps)
 
 
 @pytest.mark.parametrize("virtual_stages", [1, 2, 3, 4])
