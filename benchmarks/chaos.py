@@ -1,16 +1,15 @@
 """Kills runs at random moments and checks that they lose nothing: losses, processes, epochs.
 
-Each trial takes a launcher, S, W and a moment from a shuffled table, and draws the rank, the
-epoch and the event (see ``benchmarks/moments``) from (seed, trial). The run must end by itself
-with the losses of an undisturbed one, bit for bit, repeat at most one checkpoint interval, and
-leave no process behind::
+Each run takes a launcher, S and W from a table and is struck four times, each time it has got
+going again; moments, ranks, epochs and events (see ``benchmarks/moments``) are drawn from (seed,
+run). It must end by itself with the losses of an undisturbed one, bit for bit, repeat at most one
+checkpoint interval after each strike, and leave no process behind::
 
-    python benchmarks/chaos.py --out runs/chaos             50 trials; goes on where it was stopped
-    python benchmarks/chaos.py --out runs/chaos --quick     one trial of each kind, S = 2
+    python benchmarks/chaos.py --out runs/chaos             52 kills; goes on where it was stopped
+    python benchmarks/chaos.py --out runs/chaos --quick     one run: four kills and a stall, S = 2
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -26,18 +25,16 @@ from typing import Any, NamedTuple
 from chaos_report import read_results, report
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCHS = 40
+EPOCHS = 80
 EVERY = 5
-NUM_TRIALS = 50
-LIMIT_S = 400.0
+NUM_RUNS = 13
+LIMIT_S = 900.0
 END_S = 15.0
-"""How long the processes of a trial may take to end after the launcher has."""
-MARK = "GNNPIPE_CHAOS_TRIAL"
+"""How long the processes of a run may take to end after the launcher has."""
+MARK = "GNNPIPE_CHAOS_RUN"
 PLAN = "GNNPIPE_CHAOS_PLAN"
-POLL_S = 0.01
-# Ray every fifth time: its start alone takes half a minute.
-LAUNCHERS = ("torchrun", "local", "torchrun", "local", "ray")
-SHAPES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))
+LAUNCHERS = ("torchrun", "local", "ray", "torchrun", "local")
+SHAPES = ((1, 2), (4, 1), (2, 2), (2, 1), (4, 2), (1, 1))
 
 
 class Moment(NamedTuple):
@@ -74,119 +71,133 @@ CONFIG = [
 ]
 
 
-class Trial(NamedTuple):
+class Case(NamedTuple):
     """One run and how it is disturbed."""
 
     number: int
     launcher: str
     num_stages: int
     num_ways: int
-    moment: str
-    epoch: int
-    """The rank waits for the moment from this epoch on, counted from 1."""
-    events: int
-    """So many calls and returns of the moment happen before the signal."""
-    victim: int
-    """Rank that gets the signal."""
+    strikes: list[dict[str, Any]]
+    """One for each attempt, see ``benchmarks/moments``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs all trials that ``--out`` has no result of; 0 if every trial so far held."""
+    """Runs all cases that ``--out`` has no result of; 0 if every one so far held."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for runs and results")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trials", type=int, default=NUM_TRIALS)
+    parser.add_argument("--runs", type=int, default=NUM_RUNS)
     parser.add_argument("--budget-s", type=float, default=1e9, help="start none after this time")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="run.timeout_s")
-    parser.add_argument("--quick", action="store_true", help="one trial of each moment, S=2")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="run.timeout_s")
+    parser.add_argument("--quick", action="store_true", help="one run of each kind of strike")
     options = parser.parse_args(argv)
     out, start_s = options.out.resolve(), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     done = read_results(out / "results.jsonl")
-    trials = quick_trials() if options.quick else draw_trials(options.seed, options.trials)
-    for trial in trials:
-        if trial.number in done or time.monotonic() > start_s + options.budget_s:
+    cases = [quick_case()] if options.quick else draw_cases(options.seed, options.runs)
+    for case in cases:
+        if case.number in done or time.monotonic() > start_s + options.budget_s:
             continue
-        done[trial.number] = result = run_trial(trial, out, options.timeout_s)
+        done[case.number] = result = run_case(case, out, options.timeout_s)
         with (out / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
-    results = [done[trial.number] for trial in trials if trial.number in done]
-    (out / "chaos.md").write_text(
-        report(results, HEAD.format(seed=options.seed)), encoding="utf-8"
-    )
-    sys.stdout.write(f"{len(results)} of {len(trials)} trials done\n")
+    results = [done[case.number] for case in cases if case.number in done]
+    text = report(results, HEAD.format(seed=options.seed))
+    (out / "chaos.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(f"{len(results)} of {len(cases)} runs done\n")
     return 0 if all(result["is_sound"] for result in results) else 1
 
 
-def draw_trials(seed: int, num_trials: int) -> list[Trial]:
-    """The trials of a seed: the same ones however often the program is started."""
-    table = list(itertools.product(SHAPES, MOMENTS))
-    random.Random(seed).shuffle(table)
-    trials = []
-    for number in range(num_trials):
+def draw_cases(seed: int, num_runs: int) -> list[Case]:
+    """The cases of a seed: the same ones however often the program is started."""
+    cases = []
+    for number in range(num_runs):
         rng = random.Random(seed * 100_003 + number)
-        (num_stages, num_ways), moment = table[number % len(table)]
-        if moment == "send" and num_stages * num_ways == 1:
-            moment = "compute"  # Nothing is sent.
-        trials.append(
-            Trial(
-                number,
-                LAUNCHERS[number % len(LAUNCHERS)],
-                num_stages,
-                num_ways,
-                moment,
-                epoch=rng.randrange(1, EPOCHS - 9),
-                events=rng.randrange(1, MOMENTS[moment].most_events),
-                victim=rng.randrange(num_stages * num_ways),
+        num_stages, num_ways = SHAPES[number % len(SHAPES)]
+        moments = rng.sample(sorted(MOMENTS), len(MOMENTS))
+        strikes = [
+            strike(
+                "compute" if name == "send" and num_stages * num_ways == 1 else name,
+                rank=rng.randrange(num_stages * num_ways),
+                epoch=rng.randrange(1, 10),
+                share=rng.random(),
             )
-        )
-    return trials
+            for name in moments
+        ]
+        launcher = LAUNCHERS[number % len(LAUNCHERS)]
+        cases.append(Case(number, launcher, num_stages, num_ways, strikes))
+    return cases
 
 
-def quick_trials() -> list[Trial]:
-    """One trial of each moment, by the launcher that starts soonest."""
-    names = [*MOMENTS, STALL]
-    return [Trial(number, "local", 2, 1, name, 7, 90, 1) for number, name in enumerate(names)]
+def quick_case() -> Case:
+    """One strike of each kind, by the launcher that starts soonest."""
+    strikes = [strike(name, rank=1, epoch=7, share=0.1) for name in [*MOMENTS, STALL]]
+    return Case(0, "local", 2, 1, strikes)
 
 
-def run_trial(trial: Trial, out: Path, timeout_s: float) -> dict[str, Any]:
-    """Starts a run, waits for its end while the plan disturbs it, and judges."""
-    baseline = undisturbed(trial, out)
-    directory = out / f"trial-{trial.number}"
-    shutil.rmtree(directory, ignore_errors=True)
-    note = directory.with_suffix(".note")
-    note.unlink(missing_ok=True)
-    is_stall = trial.moment == STALL
-    plan = {
-        "rank": trial.victim,
-        "places": MOMENTS["compute" if is_stall else trial.moment].places,
-        "epoch": trial.epoch,
-        "events": trial.events,
-        "signal": int(signal.SIGSTOP if is_stall else signal.SIGKILL),
-        "note": str(note),
+def strike(name: str, *, rank: int, epoch: int, share: float) -> dict[str, Any]:
+    """What ``benchmarks/moments`` shall do in one attempt."""
+    moment = MOMENTS["compute" if name == STALL else name]
+    return {
+        "moment": name,
+        "rank": rank,
+        "places": moment.places,
+        "epoch": epoch,
+        "events": 1 + int(share * moment.most_events),
+        "signal": int(signal.SIGSTOP if name == STALL else signal.SIGKILL),
     }
-    start_s = time.monotonic()
+
+
+def run_case(case: Case, out: Path, timeout_s: float) -> dict[str, Any]:
+    """Starts a run, waits for its end while the plan disturbs it, and judges."""
+    baseline = undisturbed(case, out)
+    directory, notes = out / f"run-{case.number}", out / f"notes-{case.number}"
+    for path in (directory, notes):
+        shutil.rmtree(path, ignore_errors=True)
+    notes.mkdir()
+    plan = {
+        "notes": str(notes),
+        "metrics": str(directory / "metrics.jsonl"),
+        "strikes": case.strikes,
+    }
     with directory.with_suffix(".log").open("w") as log:
-        process = start(trial, out, directory, log=log, timeout_s=timeout_s, plan=plan)
-        seen = watch(directory, note, process)
-    end_s = time.monotonic()
+        process = start(case, out, directory, log=log, timeout_s=timeout_s, plan=plan)
+        try:
+            status = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
     left = left_over(directory)
+    kills = [read_strike(notes, number) for number in range(len(case.strikes))]
     facts = {
-        "is_done": process.poll() == 0,
-        "is_disturbed": seen["where"] is not None,
+        "is_done": status == 0,
+        "is_disturbed": None not in kills,
         "is_equal": read_losses(directory) == baseline,
         "is_clean": not left,
-        "is_cheap": 0 <= seen["repeated_epochs"] <= EVERY,
+        "is_cheap": all(0 <= kill["repeated_epochs"] <= EVERY for kill in kills if kill),
     }
-    is_sound = all(facts.values())
-    return trial._asdict() | seen | facts | {"is_sound": is_sound, "wall_s": end_s - start_s}
+    return case._asdict() | facts | {"is_sound": all(facts.values()), "kills": kills}
 
 
-def undisturbed(trial: Trial, out: Path) -> list[float]:
+def read_strike(notes: Path, number: int) -> dict[str, Any] | None:
+    """What one strike cost; None if it or the attempt after it did not happen."""
+    paths = notes / f"strike-{number}.json", notes / f"begin-{number + 1}.json"
+    if not all(path.exists() for path in paths):
+        return None
+    struck, begun = (json.loads(path.read_text()) for path in paths)
+    return {
+        "where": struck["where"],
+        "repeated_epochs": struck["epochs"] - (begun["epoch"] - 1),
+        "recovery_s": begun["time_s"] - struck["time_s"],
+    }
+
+
+def undisturbed(case: Case, out: Path) -> list[float]:
     """Losses of the run that nobody disturbs; ways change the last bits, stages do not."""
-    directory = out / f"undisturbed-W{trial.num_ways}"
+    directory = out / f"undisturbed-W{case.num_ways}"
     if not (directory / "summary.json").exists():
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         words = ["--dataset", "digits", "--num-chunks", "4", "--num-ways", "2"]
@@ -194,7 +205,7 @@ def undisturbed(trial: Trial, out: Path) -> list[float]:
             command = [sys.executable, "-P", "-m", "partition", *words]
             where = ["--out", str(out / "partition")]
             subprocess.run([*command, *where], env=environment, check=True)
-        quiet = trial._replace(num_stages=1, launcher="local")
+        quiet = case._replace(num_stages=1, launcher="local")
         with directory.with_suffix(".log").open("w") as log:
             process = start(quiet, out, directory, log=log, timeout_s=300, plan=None)
             if process.wait(LIMIT_S) != 0:
@@ -203,7 +214,7 @@ def undisturbed(trial: Trial, out: Path) -> list[float]:
 
 
 def start(
-    trial: Trial,
+    case: Case,
     out: Path,
     directory: Path,
     *,
@@ -211,70 +222,45 @@ def start(
     timeout_s: float,
     plan: Mapping[str, Any] | None,
 ) -> "subprocess.Popen[bytes]":
-    """Starts the launcher of a trial."""
-    num_ranks = str(trial.num_stages * trial.num_ways)
+    """Starts the launcher of a case."""
+    num_ranks = str(case.num_stages * case.num_ways)
     overrides = [
         *CONFIG,
         f"partition.path={out / 'partition'}",
-        f"parallel.num_stages={trial.num_stages}",
-        f"parallel.num_ways={trial.num_ways}",
+        f"parallel.num_stages={case.num_stages}",
+        f"parallel.num_ways={case.num_ways}",
         f"run.timeout_s={timeout_s}",
         f"run.dir={directory}",
     ]
-    python, restarts = [sys.executable, "-P", "-m"], ["--max-restarts", "3"]
+    python, restarts = [sys.executable, "-P", "-m"], ["--max-restarts", str(len(case.strikes))]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", num_ranks]
     commands: Mapping[str, list[str]] = {
         "local": [*python, "launch", "local", "--nproc", num_ranks, *restarts],
         "torchrun": [*python, *torchrun, *restarts, "-m", "gnnpipe", "train"],
         "ray": [*python, "launch", "ray", *restarts],
     }
-    # Inherited by every process of the trial, so that none is overlooked.
+    # Inherited by every process of the run, so that none is overlooked.
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks" / "moments")])
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: str(directory)}
     if plan is not None:
         own[PLAN] = json.dumps(plan)
     return subprocess.Popen(
-        [*commands[trial.launcher], *overrides], env={**os.environ, **own}, stdout=log, stderr=log
+        [*commands[case.launcher], *overrides], env={**os.environ, **own}, stdout=log, stderr=log
     )
 
 
-def watch(directory: Path, note: Path, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    """Waits for the end; notes where the signal came and when the run was where it had been."""
-    seen: dict[str, Any] = {"where": None, "repeated_epochs": 0, "recovery_s": None}
-    metrics, before, deadline_s = directory / "metrics.jsonl", 0, time.monotonic() + LIMIT_S
-    while process.poll() is None and time.monotonic() < deadline_s:
-        if seen["where"] is None and note.exists():
-            strike = json.loads(note.read_text())
-            seen["where"], before = strike["where"], count(metrics)
-        elif seen["where"] and seen["recovery_s"] is None and count(metrics) > before:
-            seen["recovery_s"] = time.time() - strike["time_s"]
-        time.sleep(POLL_S)
-    process.kill()  # Does nothing to one that has ended.
-    process.wait()
-    if seen["where"] is not None:
-        seen["repeated_epochs"] = before - resumed_at(directory.with_suffix(".log"))
-    return seen
-
-
-def resumed_at(log: Path) -> int:
-    """The epoch of the checkpoint that the run went on from first; 0 if from none."""
-    lines = log.read_text(errors="replace").splitlines()
-    marks = [line for line in lines if "going on after epoch " in line]
-    return int(marks[0].split("going on after epoch ")[1].split()[0]) if marks else 0
-
-
 def left_over(directory: Path) -> list[int]:
-    """Processes of a trial that do not end."""
+    """Processes of a run that do not end."""
     deadline_s = time.monotonic() + END_S
     while (left := processes_of(directory)) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    for pid in left:  # So that they do not disturb the next trial; the result tells of them.
+    for pid in left:  # So that they do not disturb the next run; the result tells of them.
         os.kill(pid, signal.SIGKILL)
     return left
 
 
 def processes_of(directory: Path) -> list[int]:
-    """Every process of a trial."""
+    """Every process of a run."""
     mark, found = f"{MARK}={directory}".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -285,14 +271,6 @@ def processes_of(directory: Path) -> list[int]:
         if mark in variables and state != "Z":
             found.append(int(path.name))
     return found
-
-
-def count(metrics: Path) -> int:
-    """Whole lines of a file."""
-    try:
-        return metrics.read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def read_losses(directory: Path) -> list[float]:
