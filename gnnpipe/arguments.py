@@ -33,6 +33,10 @@ EVALUATE_EXAMPLES = f"""examples:
 PREDICT_EXAMPLES = f"""example:
   {PROGRAM} predict runs/default --out scores.npy
 """
+REPORT_EXAMPLES = f"""examples:
+  {PROGRAM} report runs/default
+  {PROGRAM} report runs/* --out compared.html
+"""
 KEYS_EXAMPLES = f"""example:
   {PROGRAM} keys > keys.md
 """
@@ -101,6 +105,9 @@ def build_parser() -> Parser:
         "--out", metavar="FILE", help=".npy or .parquet file (default: predictions.npy in RUN_DIR)"
     )
     predict.add_argument("--node-ids", action="store_true", help="put ids into a .npy file too")
+    report = _add_command(commands, "report", "one page that compares runs", REPORT_EXAMPLES)
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="(report.html)")
     _add_texts(commands)
     for module, help_text in (
         ("launch", "start the processes of a run (python -m launch)"),

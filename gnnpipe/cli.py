@@ -84,6 +84,7 @@ def _run(argv: list[str]) -> int:
         "plan": _plan,
         "evaluate": _evaluate,
         "predict": _predict,
+        "report": _report,
         "keys": lambda _: print(config_reference(), end=""),
         "schema": lambda _: print(schema_text(), end=""),
         "completion": lambda options: print(completion_script(options.shell), end=""),
@@ -155,6 +156,18 @@ def _predict(options: argparse.Namespace) -> None:
         graph = _other_graph(options.data)
         ids = {"has_node_ids": options.node_ids, "graph": graph}
         print(predict_run(options.run_dir, weights=options.weights, out=options.out, **ids))
+
+
+def _report(options: argparse.Namespace) -> None:
+    directory = str(Path(options.out).parent)
+    if Path(options.out).is_dir():
+        raise UserError(f"`--out` (={options.out}) must be the name of a file, not a directory")
+    preflight.check_writable(directory, "--out")
+    from gnnpipe.report_page import write_report
+
+    with preflight.user_directory(directory, "--out"):
+        write_report(options.run_dirs, options.out)
+    print(options.out)
 
 
 def _other_graph(name: str | None) -> "Graph | None":

@@ -48,7 +48,7 @@ def cut_report(chunked: ChunkedGraph) -> str:
     """
     num_edges = len(chunked.indices)
     if num_edges > MOST_REPORTED_EDGES:
-        return f"{num_edges:,} edges: too many to measure here; python -m partition reports on any number"
+        return f"{num_edges:,} edges are too many to measure here; python -m partition does"
     C, W = chunked.num_chunks, chunked.num_ways
     sizes = np.diff(chunked.cell_ptr)
     cell = np.repeat(np.arange(C * W, dtype=np.int32), sizes)
