@@ -126,14 +126,8 @@ def plain_model(run_dir: str | Path, *, weights: str = "best") -> PlainModel:
         UserError: torch_geometric has no such model, or the weights are not sound.
     """
     config, tensors = _saved(run_dir, weights)
-    model = config.model
-    first, last = end_widths(model.name, model.num_layers, tensors)
-    plain = PlainModel(
-        model.name,
-        widths=(first, model.hidden_channels, last),
-        num_layers=model.num_layers,
-        options=model.options,
-    )
+    widths = end_widths(config.model.name, config.model.num_layers, tensors)
+    plain = PlainModel(config.model, *widths)
     # Parameters, not the state: GIN's constant eps is no weight.
     named = {plain.name_of(name): weight for name, weight in plain.named_parameters()}
     check_weights(tensors, {name: weight.shape for name, weight in named.items()})

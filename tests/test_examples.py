@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gnnpipe.environment import child_environment
+from gnnpipe.environment import PARENT_VARIABLE, child_environment
 from gnnpipe.preflight import thread_variables
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 NUM_NODES, NUM_EDGES = 60, 240
+COMPARED = ["model.num_layers=2", "model.hidden_channels=16", "training.eval_every=1"]
 SHAPES = {  # split scheme, node features, classes or tasks, edge features
     "ogbn_arxiv": ("time", 128, 40, 0),
     "ogbn_products": ("sales_ranking", 100, 47, 0),
@@ -84,5 +85,27 @@ def test_example_is_short_and_says_how_to_run_it(path: Path) -> None:
     assert path.name in (EXAMPLES / "README.md").read_text()
 
 
+def test_comparison_prints_every_method_asked_for() -> None:
+    # Its children start children: they are not ours to end.
+    own = {key: value for key, value in child_environment({}).items() if key != PARENT_VARIABLE}
+    less = ["--no-pipeline", "--no-graph-parallel"]  # started the same way
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "compare.py"), *less, "training.epochs=3", *COMPARED],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=own,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == ["full batch", "mini-batch", "hybrid"]
+    sent = {row[0]: float(row[4]) for row in rows}
+    assert sent["full batch"] == 0.0
+    # 2 (S - 1) N H b between the two stages, and halos and gradients between the ways.
+    assert sent["hybrid"] > 2 * 1797 * 16 * 4 / 1e6
+    assert all(0.0 <= float(row[1]) <= 1.0 and float(row[2]) > 0.0 for row in rows)
+
+
 def test_every_script_is_run_by_a_test() -> None:
-    assert {path.stem for path in SCRIPTS} == set(SHAPES)
+    assert {path.stem for path in SCRIPTS} == {*SHAPES, "compare"}

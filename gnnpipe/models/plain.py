@@ -4,7 +4,7 @@ torch_geometric is imported inside the functions: training the built-in models d
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,53 +14,67 @@ Options = Mapping[str, Any]
 MakeConv = Callable[[int, Options], nn.Module]
 
 
+class Settings(Protocol):
+    """The configuration's model section."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_channels(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def options(self) -> Options: ...
+
+
 class PlainModel(nn.Module):
     """``scores = model(x, edge_index, edge_weight)``, the whole graph at once.
 
     Args:
-        name: a key of :data:`PLAIN`.
-        widths: features, hidden rows, classes.
-        num_layers: number of convolutions.
-        options: the model's own.
+        settings: the model, one of :data:`PLAIN`.
+        in_channels: number of features.
+        out_channels: number of classes.
 
     Raises:
         UserError: torch_geometric has no such model.
     """
 
-    def __init__(
-        self, name: str, *, widths: tuple[int, int, int], num_layers: int, options: Options
-    ) -> None:
+    def __init__(self, settings: Settings, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        name, hidden = settings.name, settings.hidden_channels
         if name not in PLAIN:
             raise UserError(
                 f"`model.name` (={name}) must be one of {', '.join(PLAIN)} to become a plain "
                 "torch_geometric model; serve it with PretrainedModel"
             )
-        features, hidden, classes = widths
-        make = PLAIN[name]
+        make, numbers = PLAIN[name], range(1, settings.num_layers + 1)
+        options = {**settings.options, "dropout": settings.dropout}
         self.name = name
-        self.first = nn.Linear(features, hidden)
-        numbered = [{**options, "layer": i} for i in range(1, num_layers + 1)]
-        self.convs = nn.ModuleList(make(hidden, each) for each in numbered)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.first = nn.Linear(in_channels, hidden)
+        self.convs = nn.ModuleList(make(hidden, {**options, "layer": i}) for i in numbers)
         self.norm = nn.LayerNorm(hidden) if name in PRE_ACTIVATED else nn.Identity()
-        self.last = nn.Linear(hidden, classes)
+        self.last = nn.Linear(hidden, out_channels)
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """Maps ``[N, F]`` to scores ``[N, num_classes]``."""
-        h = first = self.first(x).relu()
+        h = first = self.first(self.dropout(x)).relu()
         jumps = []
         for conv in self.convs:
             if self.name in PRE_ACTIVATED:
                 h = conv(h, edge_index)
                 continue
-            own = (h, first) if self.name == "gcnii" else (h,)
+            own = (self.dropout(h), first) if self.name == "gcnii" else (self.dropout(h),)
             weights = {"edge_weight": edge_weight} if self.name in WEIGHTED else {}
             h = conv(*own, edge_index, **weights).relu()
             jumps.append(h)
         if self.name == "jknet":
             for each in jumps:
                 h = h.maximum(each)
-        scores: Tensor = self.last(self.norm(h).relu() if self.name in PRE_ACTIVATED else h)
+        h = self.norm(h).relu() if self.name in PRE_ACTIVATED else h
+        scores: Tensor = self.last(self.dropout(h))
         return scores
 
     def name_of(self, name: str) -> str:
@@ -101,8 +115,8 @@ def _gin(channels: int, options: Options) -> nn.Module:
 def _gat(channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import GATConv
 
-    heads = int(options["heads"])
-    return GATConv(channels, channels // heads, heads)  # type: ignore[no-any-return]
+    heads, dropout = int(options["heads"]), options["dropout"]
+    return GATConv(channels, channels // heads, heads, dropout=dropout)  # type: ignore[no-any-return]
 
 
 def _gcnii(channels: int, options: Options) -> nn.Module:
@@ -113,28 +127,28 @@ def _gcnii(channels: int, options: Options) -> nn.Module:
 
 
 def _resgcn(channels: int, options: Options) -> nn.Module:
-    return _residual(_sage(channels, options), channels)
+    return _residual(_sage(channels, options), channels, options)
 
 
 def _deepergcn(channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import GENConv
 
     settings = {"aggr": "softmax", "learn_t": True, "num_layers": 2, "norm": "layer"}
-    return _residual(GENConv(channels, channels, **settings), channels)
+    return _residual(GENConv(channels, channels, **settings), channels, options)
 
 
 def _transformer(channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import TransformerConv
 
     heads = int(options["heads"])
-    return _residual(TransformerConv(channels, channels // heads, heads), channels)
+    return _residual(TransformerConv(channels, channels // heads, heads), channels, options)
 
 
-def _residual(conv: nn.Module, channels: int) -> nn.Module:
+def _residual(conv: nn.Module, channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import DeepGCNLayer
 
-    norm, act = nn.LayerNorm(channels), nn.ReLU()
-    return DeepGCNLayer(conv, norm, act, block="res+")  # type: ignore[no-any-return]
+    own = {"block": "res+", "dropout": options["dropout"]}
+    return DeepGCNLayer(conv, nn.LayerNorm(channels), nn.ReLU(), **own)  # type: ignore[no-any-return]
 
 
 PLAIN: Mapping[str, MakeConv] = {
