@@ -300,6 +300,8 @@ class RunConfig:
     """CPU threads of each rank; auto: OMP_NUM_THREADS, else 1 with several ranks, else all."""
     timeout_s: float = 120.0
     """Longest wait for another rank, in seconds."""
+    check_memory: bool = True
+    """Refuse to start what the machine has no memory for, by a prediction."""
 
     def __post_init__(self) -> None:
         settle(self, "run")

@@ -27,6 +27,7 @@ from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
+from gnnpipe.room import check_room, gpu_room, host_room
 from gnnpipe.run_directory import PARTITION_DIR, WHOLE_PARTITION_DIR, summary_text
 from gnnpipe.runs import (
     PipelineRun,
@@ -90,15 +91,13 @@ class Trainer:
             self.config = self._planned(world)
         config = self.config
         check_world_size(config, world.world_size)
-        start = Start(**json.loads(world.first("setup", self._set_up)))
+        start = Start(**json.loads(world.first("setup", lambda: self._set_up(world))))
         if start.summary is not None:
             return Outcome(start.summary if world.rank == 0 else {})
         assert start.partition is not None
         threads = set_threads(config, world.world_size, start)
         chunked = chunk.load(start.partition)
-        layers: Sequence[Layer] = model_layers(config, chunked)
-        if self._layers is not None:
-            layers = adapted(self._layers, config, chunked)
+        layers = self._model(chunked)
         whole = chunk.load(_whole_path(config)) if config.data.inductive else None
         run = PipelineRun(config, chunked, world=world, layers=layers, evaluated_on=whole)
         if start.path is None:
@@ -120,7 +119,22 @@ class Trainer:
 
         return applied(self.config, Setting(*json.loads(world.first("plan", plan))))
 
-    def _set_up(self) -> str:
+    def _model(self, chunked: ChunkedGraph) -> Sequence[Layer]:
+        """The configured layers, or the user's own."""
+        if self._layers is not None:
+            return adapted(self._layers, self.config, chunked)
+        return model_layers(self.config, chunked)
+
+    def _check_room(self, chunked: ChunkedGraph, world: World) -> None:
+        """Before anything is made: memory as it will be, on this host or on a GPU."""
+        room = host_room(world.world_size)
+        if world.device.type == "cuda":
+            room = gpu_room(torch.cuda.mem_get_info(world.device)[0])
+        own = self._layers is not None
+        rebuild = None if own else lambda config: model_layers(config, chunked)
+        check_room(self.config, chunked, self._model(chunked), room, rebuild=rebuild)
+
+    def _set_up(self, world: World) -> str:
         """Rank 0: claims the run directory, loads the graph, cuts it where nobody has."""
         config = self.config
         start = find_start(config)
@@ -133,12 +147,14 @@ class Trainer:
         if path is None:
             assert graph is not None
             configured_task(config, graph)
-            if config.data.inductive:
-                whole = cut_graph(graph, config, num_chunks=1)
-                chunk.save(whole, _whole_path(config), overwrite=True)
-                graph = training_part(graph)
+            whole = cut_graph(graph, config, num_chunks=1) if config.data.inductive else None
+            graph = training_part(graph) if config.data.inductive else graph
+            cut = cut_graph(graph, config)
+            self._check_room(cut, world)  # A run that does not fit leaves nothing behind.
             path = str(Path(config.run.dir).resolve() / PARTITION_DIR)
-            chunk.save(cut_graph(graph, config), path, overwrite=True)
+            chunk.save(cut, path, overwrite=True)
+            if whole is not None:
+                chunk.save(whole, _whole_path(config), overwrite=True)
         chunked = chunk.load(path)
         configured_task(config, chunked)
         check_partition(chunked, config)
@@ -147,6 +163,8 @@ class Trainer:
             chunk.check_belongs(chunked, training_part(graph) if is_part else graph)
         if start.path is not None:
             check_same(start.state, chunked.manifest)
+        if path in (config.partition.path, start.partition):
+            self._check_room(chunked, world)
         return start._replace(partition=path).to_json()
 
 

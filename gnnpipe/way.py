@@ -88,7 +88,7 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
         num_ways: ways per stage. If it divides the partition's, whose ways are nested, cells
             are united; otherwise chunks are split by rows, which makes a larger halo.
     """
-    cell_ptr = _cell_ptr(chunked, num_ways)
+    cell_ptr = cell_bounds(chunked, num_ways)
     starts, ends = cell_ptr[:-1][way::num_ways], cell_ptr[1:][way::num_ways]
     row_id = ranges(starts, ends)
     chunk_ptr = np.concatenate(([0], np.cumsum(ends - starts)))
@@ -123,7 +123,7 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     )
 
 
-def _cell_ptr(chunked: ChunkedGraph, num_ways: int) -> Array:
+def cell_bounds(chunked: ChunkedGraph, num_ways: int) -> Array:
     """First new id of each cell (chunk, way) of this run, and N, ``[C * W + 1]``."""
     cell_ptr = np.asarray(chunked.cell_ptr)
     if chunked.num_ways % num_ways == 0:
