@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gnnpipe.datasets import load_graph
+from gnnpipe.datasets import load_graph, ogb
 from gnnpipe.datasets.edge_stream import distinct_rows, rows_of_stream
 from gnnpipe.datasets.npz_member import mapped_member
 from gnnpipe.datasets.tables import csv_array, csv_blocks
@@ -140,9 +140,12 @@ def test_mag_is_one_graph_of_typed_nodes_and_edges(tmp_path: Path) -> None:
     np.testing.assert_allclose(graph.features, [[1, 0], [0, 2], [1, 0], [1, 0], [0, 2]])
 
 
-def test_missing_files_say_where_to_get_them(tmp_path: Path) -> None:
+def test_missing_files_say_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ogb, "URL", "http://127.0.0.1:9")  # nobody listens
     with pytest.raises(
-        UserError, match="must hold ogbn-products in OGB's raw layout.*unpack http"
+        UserError, match="products.zip could not be.*must hold ogbn-products in OGB's raw layout"
     ):
         load_graph("ogbn-products", root=str(tmp_path))
     made_up(tmp_path, "time", labels=CLASSES, node_feat=FEATURES)

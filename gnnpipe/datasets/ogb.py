@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gnnpipe.datasets.download import obtain
 from gnnpipe.datasets.edge_stream import rows_of_stream
 from gnnpipe.datasets.npz_member import mapped_member
 from gnnpipe.datasets.ogb_mag import read_mag
@@ -60,11 +61,11 @@ def read_ogb(name: str, *, root: str | None) -> Graph:
 
     Args:
         name: one of :data:`OGB_NAMES`.
-        root: the unpacked folder, or the folder that holds it; None is ``$GNNPIPE_CACHE``, by
-            default ``~/.cache/gnnpipe``.
+        root: the unpacked folder, or the folder that holds it; where there is neither it is
+            downloaded there. None is ``$GNNPIPE_CACHE``, by default ``~/.cache/gnnpipe``.
 
     Raises:
-        UserError: files are missing or damaged.
+        UserError: files are missing, damaged or cannot be downloaded.
     """
     spec = SPECS[name]
     folder = _find(name, spec, root)
@@ -74,16 +75,25 @@ def read_ogb(name: str, *, root: str | None) -> Graph:
 
 
 def _find(name: str, spec: Spec, root: str | None) -> Path:
+    """The folder of the files, which are downloaded where there is no trace of them."""
     home = Path(root or os.environ.get("GNNPIPE_CACHE") or "~/.cache/gnnpipe").expanduser()
     plain = name.replace("-", "_")
-    folders = ("", plain, plain.replace("100m", "100M"), spec.archive, spec.archive.split("-")[0])
-    for folder in (home / each for each in folders):
+    names = ("", plain, plain.replace("100m", "100M"), spec.archive, spec.archive.split("-")[0])
+    folders = [home / each for each in names]
+    for folder in folders:
         if (folder / "raw").is_dir() and (folder / "split" / spec.scheme).is_dir():
             return folder
-    raise UserError(
-        f"`data.root` (={home}) must hold {name} in OGB's raw layout (raw/ and "
-        f"split/{spec.scheme}/); unpack {URL}/{spec.archive}.zip there"
-    )
+    url = f"{URL}/{spec.archive}.zip"
+    wanted = f"{name} in OGB's raw layout (raw/ and split/{spec.scheme}/)"
+    traces = [f for f in folders if (f / "raw").exists() or (f / "split").exists()]
+    if traces:
+        raise UserError(
+            f"`data.root` (={home}) must hold {wanted}, but {traces[0]} has only a part; "
+            f"unpack {url} there, or remove it"
+        )
+    manual = f"get it by other means and unpack it in {home}, which must hold {wanted}"
+    obtain(url, home / plain, manual=manual)
+    return home / plain
 
 
 def _read_csv(name: str, spec: Spec, folder: Path) -> Graph:
