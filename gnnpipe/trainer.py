@@ -66,6 +66,7 @@ class Trainer:
         self.config = config
         self._graph = graph if graph is None or isinstance(graph, Graph) else from_pyg(graph)
         self._layers = layers
+        self._adapted: Sequence[Layer] | None = None
         self._on_epoch_end = on_epoch_end
 
     def fit(self) -> dict[str, Any]:
@@ -120,10 +121,12 @@ class Trainer:
         return applied(self.config, Setting(*json.loads(world.first("plan", plan))))
 
     def _model(self, chunked: ChunkedGraph) -> Sequence[Layer]:
-        """The configured layers, or the user's own."""
-        if self._layers is not None:
-            return adapted(self._layers, self.config, chunked)
-        return model_layers(self.config, chunked)
+        """The configured layers, or the user's own, which are tried and wrapped once."""
+        if self._layers is None:
+            return model_layers(self.config, chunked)
+        if self._adapted is None:
+            self._adapted = adapted(self._layers, self.config, chunked)
+        return self._adapted
 
     def _check_room(self, chunked: ChunkedGraph, world: World) -> None:
         """Before anything is made: memory as it will be, on this host or on a GPU."""
