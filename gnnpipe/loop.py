@@ -30,7 +30,8 @@ from gnnpipe.weights import save_weights
 
 LIBRARIES = ("gnnpipe", "torch", "numpy", "numba", "pymetis")
 
-EpochEnd = Callable[[EpochRecord], None]
+EpochEnd = Callable[[EpochRecord], object]
+"""Gets an epoch's figures; True ends the training with this epoch."""
 
 
 class Outcome(NamedTuple):
@@ -90,13 +91,13 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
             saver.finish()
             if log and record:
                 log.epoch(record)
-                for callback in plan.on_epoch_end:
-                    callback(record)
+            # A list: every callback sees the epoch, whoever wants to end.
+            asked_to_end = any([c(record) is True for c in plan.on_epoch_end] if record else [])
             if val > best.val:
                 best = _Best(val, epoch)
                 _save(run, config, "best", epoch)
-            is_last = epoch == epochs or best.is_exhausted(epoch, config)
-            stopper = _stopper(run, request) if every else None
+            stopper, is_ended = _wishes(run, request, asked_to_end=asked_to_end)
+            is_last = is_ended or epoch == epochs or best.is_exhausted(epoch, config)
             if every and (epoch % every == 0 or is_last or stopper):
                 if log:
                     log.sync()
@@ -153,13 +154,15 @@ def _state(plan: LoopPlan, log: RunLog | None, *, val: float, best: _Best) -> di
     }
 
 
-def _stopper(run: Run, request: StopRequest) -> str | None:
-    """The signal that any rank was asked to stop with; all ranks find the same."""
+def _wishes(run: Run, request: StopRequest, *, asked_to_end: bool) -> tuple[str | None, bool]:
+    """What any rank was asked for, found alike by all: to stop, with which signal; to end."""
     asked = torch.zeros(65, dtype=torch.int64)
+    asked[0] = int(asked_to_end)  # No signal has this number.
     if request.signal is not None:
         asked[request.signal] = 1
-    numbers = run.total(asked).nonzero().flatten().tolist()
-    return signal.Signals(numbers[0]).name if numbers else None
+    end, *signals = run.total(asked).tolist()
+    first = next((number for number, count in enumerate(signals, start=1) if count), None)
+    return None if first is None else signal.Signals(first).name, end > 0
 
 
 def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, float]:

@@ -52,7 +52,8 @@ class Trainer:
             rank 0 only.
         layers: trains these instead of ``config.model``, the same on every rank: any torch
             modules that map rows, convolutions of torch_geometric, layers of the pipeline.
-        on_epoch_end: called on rank 0 with every epoch's figures.
+        on_epoch_end: called on rank 0 with every epoch's figures; one that returns True ends the
+            training after this epoch.
     """
 
     def __init__(

@@ -294,6 +294,28 @@ def test_it_works_in_a_script_that_has_set_up_torch_distributed(
         assert differing(read_run(tmp_path / name), read_run(finished)) == []
 
 
+def train_until_the_third_epoch(overrides: Sequence[str]) -> None:
+    """A job of the pool: what a callback on rank 0 wants, all ranks do."""
+    seen: list[object] = []
+
+    def at_three(record: EpochRecord) -> bool:
+        seen.append(record.epoch)
+        return record.epoch == 3
+
+    Trainer(load_config(None, overrides), on_epoch_end=[at_three, seen.append]).fit()
+    assert len(seen) == (6 if os.environ["RANK"] == "0" else 0)  # Both saw all three.
+
+
+def test_a_callback_ends_the_training_on_all_ranks(
+    pool: ProcessPool, graph_file: Path, tmp_path: Path
+) -> None:
+    overrides = overrides_for(graph_file, tmp_path, "parallel.num_stages=2", "checkpoint.every=0")
+    pool.run([Job("test_trainer:train_until_the_third_epoch", 2, {"overrides": overrides})])
+    assert [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
+    assert (tmp_path / "weights/last.safetensors").exists()
+
+
 def train_after_a_slow_start(overrides: Sequence[str]) -> None:
     """A job of the pool: the other ranks wait for rank 0 before the first epoch."""
     warm_start = PipelineRun.warm_start
