@@ -34,7 +34,7 @@ from gnnpipe.sections import (
 )
 from gnnpipe.sources import merge, read_file, read_override
 
-PresetName = Literal["gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer"]
+PresetName = Literal["gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer", "dgmlp", "revgnn"]
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "deepergcn": {
@@ -53,6 +53,13 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     },
     "transformer": {
         "model": {"name": "transformer", "num_layers": 8, "hidden_channels": 64, "dropout": 0.2},
+        "training": {"lr": 1e-3, "weight_decay": 0.0},
+    },
+    "dgmlp": {
+        "model": {"name": "dgmlp", "num_layers": 12, "hidden_channels": 64, "dropout": 0.2},
+    },
+    "revgnn": {
+        "model": {"name": "revgnn", "num_layers": 28, "hidden_channels": 64, "dropout": 0.2},
         "training": {"lr": 1e-3, "weight_decay": 0.0},
     },
     "gnnpipe-paper": {

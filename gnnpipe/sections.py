@@ -21,6 +21,8 @@ ModelName = Literal[
     "appnp",
     "dagnn",
     "transformer",
+    "dgmlp",
+    "revgnn",
 ]
 
 MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
@@ -35,6 +37,8 @@ MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
     "appnp": {"alpha": 0.1},
     "dagnn": {},
     "transformer": {"heads": 8},
+    "dgmlp": {},
+    "revgnn": {},
 }
 """The options that each model has besides the common ones, with their defaults."""
 

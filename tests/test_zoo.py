@@ -10,10 +10,12 @@ from one_process import losses, pipeline, reference, settings, striped, weights_
 
 from gnnpipe.config import PRESETS, from_dict
 from gnnpipe.errors import UserError
+from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.models import build_layers
+from gnnpipe.models.reversible import ReversibleLayer
 from gnnpipe.trainer import Trainer
 
-ZOO = ["deepergcn", "jknet", "appnp", "dagnn", "transformer"]
+ZOO = ["deepergcn", "jknet", "appnp", "dagnn", "transformer", "dgmlp", "revgnn"]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -46,6 +48,37 @@ def test_preset_trains_on_the_digits(name: str, tmp_path: Path) -> None:
     }
     summary = Trainer(from_dict(values)).fit()
     assert summary["val_at_best"] > 0.5  # ten classes
+
+
+@torch.no_grad()
+def test_reversible_layers_can_be_computed_backwards() -> None:
+    graph, torch_rng = woven(is_directed=True), torch.Generator().manual_seed(0)
+    full = FullGraph(graph, dtype=torch.float64)
+    x = first = torch.randn(graph.num_nodes, 8, generator=torch_rng, dtype=torch.float64)
+    layers = [ReversibleLayer(8, dropout=0.5).double() for _ in range(20)]
+    views = [FullGraphView(full, "gcn", stream=(0, 1, i)) for i in range(20)]
+    for layer, view in zip(layers, views, strict=True):
+        x = layer(x, view)
+    assert float((x - first).abs().max()) > 0.1
+    for i, layer in reversed(list(enumerate(layers))):
+        x = layer.inverse(x, FullGraphView(full, "gcn", stream=(0, 1, i)))
+    assert torch.allclose(x, first, atol=1e-10)
+    with pytest.raises(UserError, match="`model.hidden_channels` .=7. must be even"):
+        ReversibleLayer(7)
+
+
+def test_decoupled_depth_is_half_hops_and_carries_one_tensor() -> None:
+    layers = build_layers(
+        "dgmlp",
+        in_channels=5,
+        hidden_channels=8,
+        out_channels=3,
+        num_layers=7,
+        dropout=0.0,
+        options={},
+    )
+    assert [layer.operator for layer in layers] == ["none", *["gcn"] * 4, *["none"] * 4]
+    assert {layer.carried_channels(n) for layer in layers for n in layer.writes} == {8}
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gnnpipe.errors import UserError
+from gnnpipe.models.dgmlp import dgmlp_layers
 from gnnpipe.models.gat import GATLayer
 from gnnpipe.models.gcn import GCNLayer
 from gnnpipe.models.gcnii import GCNIILayer
@@ -17,6 +18,7 @@ from gnnpipe.models.io import InputLayer, OutputLayer
 from gnnpipe.models.jknet import JKLayer, JKOutputLayer
 from gnnpipe.models.layer import GraphView, Layer
 from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
+from gnnpipe.models.reversible import ReversibleLayer
 from gnnpipe.models.sage import SAGELayer
 from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_layer
 
@@ -34,6 +36,8 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "appnp": {"alpha": 0.1},
     "dagnn": {},
     "transformer": {"heads": 8},
+    "dgmlp": {},
+    "revgnn": {},
 }
 """Each model's own options and their defaults."""
 
@@ -44,6 +48,7 @@ HEADS: Mapping[str, type[OutputLayer] | type[ResGCNOutputLayer] | type[JKOutputL
     "resgcn+": ResGCNOutputLayer,
     "deepergcn": ResGCNOutputLayer,
     "transformer": ResGCNOutputLayer,
+    "revgnn": ResGCNOutputLayer,
     "jknet": JKOutputLayer,
 }
 
@@ -87,6 +92,9 @@ def build_layers(
         widths, alpha = (hidden_channels, out_channels), chosen.get("alpha")
         hops = decoupled_layers(widths=widths, num_hops=num_layers, dropout=dropout, alpha=alpha)
         return [first, *hops]
+    if name == "dgmlp":
+        widths = (hidden_channels, out_channels)
+        return [first, *dgmlp_layers(widths=widths, num_layers=num_layers, dropout=dropout)]
     indices = range(1, num_layers + 1)
     middle = [_convolution(name, hidden_channels, i, dropout, chosen) for i in indices]
     head = HEADS.get(name, OutputLayer)
@@ -144,6 +152,8 @@ def _convolution(
             return deepergcn_layer(channels, dropout=dropout)
         case "transformer":
             return transformer_layer(channels, heads=int(options["heads"]), dropout=dropout)
+        case "revgnn":
+            return ReversibleLayer(channels, dropout=dropout)
         case "jknet":
             return JKLayer(channels, dropout=dropout, is_first=layer_index == 1)
         case _:
