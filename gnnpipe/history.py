@@ -78,15 +78,11 @@ class Table:
             is_measured: let :attr:`drift` add up, over the own rows, the squared change from
                 historical to fresh and the squared size of the fresh values, ``[2]``, float64.
         """
-        self.start_step()
+        self.gate.zero_()
+        self._is_zeroed = False
         self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
-
-    def start_step(self) -> None:
-        """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
-        self.gate.zero_()
-        self._is_zeroed = False
 
     def end_epoch(self, epoch: int) -> None:
         """Takes the snapshot when a period ends."""
@@ -98,13 +94,9 @@ class Table:
         if self._snapshot is not None:
             self._snapshot.copy_(self.values)
 
-    def for_inference(self, channels: int) -> "Table":
-        """A table for exact values between two steps: in the gradients' memory if they fit.
-
-        Args:
-            channels: width; an engine that only evaluates has tables without any.
-        """
-        num_values = self.values.shape[0]
+    def for_inference(self) -> "Table":
+        """A table for exact values between two steps: in the gradients' memory if they fit."""
+        num_values, channels = self.values.shape
         is_enough = self.gradients.shape[0] >= num_values
         table = Table(0 if is_enough else num_values, 0, channels, like=self.values, period=1)
         if is_enough:
