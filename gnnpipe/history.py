@@ -78,11 +78,15 @@ class Table:
             is_measured: let :attr:`drift` add up, over the own rows, the squared change from
                 historical to fresh and the squared size of the fresh values, ``[2]``, float64.
         """
-        self.gate.zero_()
-        self._is_zeroed = False
+        self.start_step()
         self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
+
+    def start_step(self) -> None:
+        """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
+        self.gate.zero_()
+        self._is_zeroed = False
 
     def end_epoch(self, epoch: int) -> None:
         """Takes the snapshot when a period ends."""
