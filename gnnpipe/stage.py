@@ -207,6 +207,21 @@ class Stage:
         for table in self.tables:
             table.start_epoch(epoch, is_measured=is_measured)
 
+    def start_step(self) -> None:
+        """No gradient of the step before reaches the next; its rows are historical now."""
+        for table in self.tables:
+            table.start_step()
+
+    def end_step(self, *, has_backward: bool = True) -> None:
+        """Ends an optimizer step.
+
+        Args:
+            has_backward: False drops what forwards have kept.
+        """
+        if not has_backward:
+            self._records.clear()
+        assert not self._records, "chunks without a backward"
+
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
         assert not self._records, "chunks without a backward"
