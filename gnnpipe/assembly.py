@@ -19,6 +19,7 @@ from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
 from gnnpipe.schedule import fill_drain, split_layers
+from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
 from gnnpipe.tasks import SingleLabel, Task
 from gnnpipe.way import WayGraph, way_graph
@@ -129,7 +130,9 @@ class _StageBuilder:
             self._cells[operator] = build_cells(
                 self._graph, operator=operator, dtype=like.dtype, device=like.device
             )
-        return LocalLayer(index, layer, self._cells[operator], self._table(layer))
+        with AskingFor("table", f"the table of layer {index}"):
+            table = self._table(layer)
+        return LocalLayer(index, layer, self._cells[operator], table)
 
     def _table(self, layer: Layer) -> Table | None:
         if layer.operator == "none":

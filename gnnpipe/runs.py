@@ -31,6 +31,7 @@ from gnnpipe.order import chunk_order
 from gnnpipe.reference import Reference
 from gnnpipe.reports import Reports
 from gnnpipe.shards import Shards
+from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer
 from gnnpipe.state import (
     history_state,
@@ -239,7 +240,8 @@ class PipelineRun:
             self._comm.during("the norm of the gradient")
             norm = self.engine.gradient_norm(len(self._layers))
             clip((p for s in self._stages for p in s.parameters), norm=norm, max_norm=max_norm)
-        self._optimizer.step()
+        with AskingFor("optimizer", "the optimizer's moments"):
+            self._optimizer.step()
 
     def staleness(self) -> list[float | None]:
         """Relative drift per layer in the last measured epoch, on every rank."""
