@@ -18,6 +18,7 @@ from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Reader, Table
 from gnnpipe.kernels import EdgeDrop, SparseRows, attend, dropout_edges, dropout_rows, relu
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Layer, Rows
+from gnnpipe.shortage import AskingFor
 
 
 class Flow(NamedTuple):
@@ -242,7 +243,8 @@ class Stage:
             key = (self._seed, self._epoch, local.layer_index)
             reader, in_place = self._reader(local.table, cell), local.layer.aggregates_input
             view = View(cell, reader, read, key=key, drops_table=in_place)
-            out = local.layer(x, view)
+            with AskingFor("forward", f"activations of layer {local.layer_index}"):
+                out = local.layer(x, view)
             edges = {name: _edge(value) for name, value in view.handed_on.items()}
             records.append(_Record(entry, entries, _edge(out), edges))
             x = out.detach()
@@ -278,7 +280,8 @@ class Stage:
                 (edge, grad) for edge, grad in zip(roots, grads, strict=True) if edge is not None
             ]
             if pairs:  # Not below a first layer without weights.
-                torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+                with AskingFor("backward", f"gradients of layer {local.layer_index}"):
+                    torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
             for name, entry in record.carried.items():
                 assert entry.grad is not None
                 carried[name] = carried[name] + entry.grad if name in carried else entry.grad
@@ -300,7 +303,8 @@ class Stage:
             cell = local.cells.whole
             with self._inference_table(local, into_tables) as table:
                 view = View(cell, self._reader(table, cell), carried, key=None)
-                x = local.layer(x, view)
+                with AskingFor("evaluation", f"all rows of layer {local.layer_index}"):
+                    x = local.layer(x, view)
             carried |= view.handed_on
         return Flow(x, carried)
 
