@@ -1,5 +1,6 @@
 """The documentation is true: its blocks run, its site builds, its links lead somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from doc_blocks import Block, blocks_of, commands_outside_blocks
 from doc_runner import PageRunner
 from process_pool import ProcessPool
 
-from gnnpipe.environment import child_environment
+from gnnpipe.environment import PARENT_VARIABLE, child_environment
 from gnnpipe.keys import all_keys
+from gnnpipe.preflight import thread_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -138,3 +140,28 @@ def test_every_complaint_is_answered() -> None:
     text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
     numbers = [int(n) for n in re.findall(r"^(\d+)\. \*.+", text, re.M)]
     assert numbers == list(range(1, NUM_COMPLAINTS + 1))
+
+
+def test_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    # As a kernel would, without needing one: cell after cell, in one process.
+    script = tmp_path / "cells.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells))
+    env = child_environment({**thread_variables(1), "MPLBACKEND": "agg"})
+    del env[PARENT_VARIABLE]  # The launcher's parent is the script, not this process.
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verdict: cut" in done.stdout
+    right = re.search(r"([\d.]+)% of the test digits are right", done.stdout)
+    assert right is not None
+    assert float(right[1]) > 80
