@@ -18,6 +18,7 @@ from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
+from gnnpipe.recall import Keeping, Recall
 from gnnpipe.schedule import fill_drain, split_layers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     cross_chunk_gradient: float
     steps: int = 1
     """Optimizer steps of an epoch."""
+    keeping: Keeping = Keeping()
     task: Task | None = None
     """None is single labels without weights."""
     is_trained: bool = True
@@ -144,12 +146,18 @@ class _StageBuilder:
         is_gather = layer.operator.startswith("edges")
         mirrors = graph.in_mirrors if is_gather else graph.out_mirrors
         num_gradients = graph.num_rows + mirrors.row_id.size
+        plan, sizes = self._plan, (graph.num_rows, layer.table_channels)
+        recall = None
+        if plan.is_trained and not plan.keeping.is_plain:
+            keeping, period = plan.keeping, plan.period
+            recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
         return Table(
             num_values,
             num_gradients if self._plan.is_trained else 0,
             layer.table_channels if self._plan.is_trained else 0,
             like=self._like,
             period=self._plan.period,
+            recall=recall,
         )
 
 

@@ -231,6 +231,25 @@ class Engine:
         scores, labels, masks = torch.split(rows, [width, width, 3], dim=1)
         return scores, Targets(labels, masks.T > 0)
 
+    def fit_histories(self, num_layers: int) -> None:
+        """Fits how kept rows are extrapolated, from sums over all ways.
+
+        Args:
+            num_layers: layers of the whole model.
+        """
+        recalls = {
+            local.layer_index: local.table.recall
+            for stage in self.stages.values()
+            for local in stage.layers
+            if local.table is not None and local.table.recall is not None
+        }
+        sums = torch.zeros((num_layers, 2), dtype=torch.float64)
+        for index, recall in recalls.items():
+            sums[index] = recall.sums
+        sums = self._comm.sum_over_ranks(sums)
+        for index, recall in recalls.items():
+            recall.fit(sums[index])
+
     def staleness(self, num_layers: int) -> list[float | None]:
         """How far the last measured epoch moved the values that it found in the tables.
 

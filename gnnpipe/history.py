@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gnnpipe.cell import Cell, Exchange, Halves
 from gnnpipe.kernels import RowBlock, aggregate
+from gnnpipe.recall import Recall
 
 
 class Halo(Protocol):
@@ -54,10 +55,18 @@ class Table:
         channels: width.
         like: a tensor that gives dtype and device.
         period: epochs between refreshes of the historical values, see :meth:`start_epoch`.
+        recall: what is remembered instead of the last values.
     """
 
     def __init__(
-        self, num_values: int, num_gradients: int, channels: int, *, like: Tensor, period: int
+        self,
+        num_values: int,
+        num_gradients: int,
+        channels: int,
+        *,
+        like: Tensor,
+        period: int,
+        recall: Recall | None = None,
     ) -> None:
         self.values = like.new_zeros((num_values, channels))
         self.gradients = like.new_zeros((num_gradients, channels))
@@ -66,7 +75,8 @@ class Table:
         self.drift: Tensor | None = None
         self._is_zeroed = False
         self._period = period
-        self._snapshot = self.values.clone() if period > 1 else None
+        self._snapshot = self.values.clone() if period > 1 and recall is None else None
+        self.recall = recall
 
     def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Makes last epoch's values historical; with a period, the frozen snapshot instead.
@@ -82,6 +92,8 @@ class Table:
         self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
+        if self.recall is not None:
+            self.recall.start_epoch(epoch)
 
     def start_step(self) -> None:
         """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
@@ -92,9 +104,13 @@ class Table:
         """Takes the snapshot when a period ends."""
         if self._snapshot is not None and epoch % self._period == 0:
             self._snapshot.copy_(self.values)
+        if self.recall is not None:
+            self.recall.end_epoch()
 
     def warm(self) -> None:
         """Takes the values as they stand for the first history."""
+        if self.recall is not None:
+            self.recall.warm(self.values[: self.recall.last.shape[0]])
         if self._snapshot is not None:
             self._snapshot.copy_(self.values)
 
@@ -116,7 +132,9 @@ class Table:
 
     @property
     def historical(self) -> Tensor:
-        """What the next epoch reads as history, between two epochs."""
+        """What is kept for the next epoch, between two epochs; of own rows at least."""
+        if self.recall is not None:
+            return self.recall.last
         return self.values if self._snapshot is None else self._snapshot
 
     @property
@@ -124,6 +142,7 @@ class Table:
         """Memory of all arrays, bytes."""
         arrays = [self.values, self.gradients]
         arrays += [] if self._snapshot is None else [self._snapshot]
+        arrays += [] if self.recall is None else self.recall.arrays
         return sum(array.numel() * array.element_size() for array in arrays)
 
 
@@ -135,6 +154,7 @@ class Reader:
         self.cell = cell
         self.halo = halo
         self.factor = factor
+        self._is_kept = False
 
     def aggregate(self, x: Tensor) -> Tensor:
         """The operator's rows times the table, after ``x`` became the cell's rows."""
@@ -145,6 +165,13 @@ class Reader:
         """``x`` and below it the halo rows, after ``x`` became the cell's rows."""
         out: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return out
+
+    def keep(self, x: Tensor) -> None:
+        """Keeps rows that are about to be dropped out and written, for the next epoch."""
+        recall = self.table.recall
+        if recall is not None and recall.is_taking and recall.is_clean:
+            recall.take(self.cell.rows, x.detach())
+            self._is_kept = True
 
     def own_rows(self, x: Tensor) -> Tensor | None:
         """Where ``x`` may be made in place, so that :meth:`write` need not copy it."""
@@ -159,7 +186,9 @@ class Reader:
         Returns:
             Waits until the other ways' rows of the chunk have arrived here.
         """
-        rows = self.table.values[self.cell.rows]
+        rows, recall = self.table.values[self.cell.rows], self.table.recall
+        if recall is not None and recall.is_taking and not self._is_kept:
+            recall.take(self.cell.rows, x)
         if is_same_memory(rows, x):
             return self.halo.pull(self.table.values, self.cell.in_exchanges)
         if self.table.drift is not None:

@@ -84,6 +84,7 @@ def _planner(
         "element_bytes": 8 if config.model.dtype == "float64" else 4,
         "period": config.history.period,
         "steps": config.training.steps_per_epoch,
+        "recalled": config.history.is_recalled,
     }
     given = None if request.profile is None else load_profile(request.profile)
     if request.shape is not None:

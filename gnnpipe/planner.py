@@ -78,6 +78,7 @@ class Planner:
         element_bytes: bytes of a number.
         period: epochs between snapshots, for the memory.
         steps: optimizer steps of an epoch.
+        recalled: whether histories are kept apart from the tables.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Planner:
         element_bytes: int = 4,
         period: int = 1,
         steps: int = 1,
+        recalled: bool = False,
     ) -> None:
         self._layers = layers
         self._graph = graph
@@ -98,6 +100,7 @@ class Planner:
         self._bytes = element_bytes
         self._period = period
         self._steps = steps
+        self._recalled = recalled
         self._ways: dict[int, WayShape] = {}
 
     def predict(self, setting: Setting) -> Prediction:
@@ -203,6 +206,7 @@ class Planner:
             mirrors=self._way(num_ways).mirrors,
             element_bytes=self._bytes,
             steps=steps,
+            recalled=self._recalled,
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> int:

@@ -137,6 +137,7 @@ def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Pre
         element_bytes=8 if config.model.dtype == "float64" else 4,
         period=config.history.period,
         steps=config.training.steps_per_epoch,
+        recalled=config.history.is_recalled,
     )
     count = config.partition.num_chunks
     possible = settings(

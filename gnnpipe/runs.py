@@ -28,6 +28,7 @@ from gnnpipe.optimizer import (
     set_learning_rate,
 )
 from gnnpipe.order import chunk_order
+from gnnpipe.recall import Keeping
 from gnnpipe.reference import Reference
 from gnnpipe.reports import Reports
 from gnnpipe.shards import Shards
@@ -38,6 +39,7 @@ from gnnpipe.state import (
     load_history,
     load_mirrors,
     load_model_state,
+    load_recall,
     load_state,
     mirror_state,
     model_state,
@@ -189,6 +191,11 @@ class PipelineRun:
             period=config.history.period,
             cross_chunk_gradient=config.history.cross_chunk_gradient,
             steps=config.training.steps_per_epoch,
+            keeping=Keeping(
+                config.history.dropout,
+                config.history.momentum,
+                config.history.predict == "linear",
+            ),
             task=configured_task(config, chunked),
         )
         assert plan.task is not None
@@ -222,6 +229,7 @@ class PipelineRun:
         recorder.start()
         self._comm.wait_s.clear()  # What was waited for between epochs is no part of one.
         set_learning_rate(self._optimizer, learning_rate(epoch, self._updates))
+        is_measured |= config.history.max_drift is not None
         loss = 0.0
         for step in range(config.training.steps_per_epoch):
             self._optimizer.zero_grad()
@@ -230,8 +238,20 @@ class PipelineRun:
             if self.engine.step_train(order, step):
                 self._update()
             recorder.step(start_s=start_s, end_s=time.perf_counter())
+        self._renew_histories()
         self._reports.take(recorder.stop())
         return loss
+
+    def _renew_histories(self) -> None:
+        """Between two epochs: fits predictions, and recomputes histories that drift too far."""
+        wanted = self._config.history
+        if wanted.predict is not None:
+            self._comm.during("the fit of the histories")
+            self.engine.fit_histories(len(self._layers))
+        if wanted.max_drift is not None:
+            drift = max((d for d in self.staleness() if d is not None), default=0.0)
+            if drift > wanted.max_drift:
+                self.engine.infer(into_tables=True)
 
     def _update(self) -> None:
         """One optimizer step, with the gradients of all ranks bounded together."""
@@ -342,6 +362,7 @@ class PipelineRun:
                 self._comm.pull(local.table.values, local.cells.whole.in_exchanges)()
                 load_mirrors(local, shards, self._comm.mesh.place(self.rank))
                 local.table.warm()
+                load_recall(local, shards)
         self.usage()  # No epoch's business.
 
     @property

@@ -71,9 +71,14 @@ class DataConfig:
 class TaskConfig:
     """What is learned, and how it is judged."""
 
-    kind: Literal["auto", "single_label", "multi_label", "multi_task_auc", "regression"] = "auto"
+    kind: Literal[
+        "auto", "single_label", "multi_label", "multi_task_auc", "regression", "link"
+    ] = "auto"
     """Loss and metric: cross-entropy and accuracy; binary cross-entropy and micro-F1, or mean
-    ROC-AUC over tasks; squared error and R^2. auto chooses by the labels."""
+    ROC-AUC over tasks; squared error and R^2; link holds out edges and asks for them. auto
+    chooses by the labels."""
+    link_metric: Literal["auc", "mrr"] = "auc"
+    """link: area under the ROC curve, or mean reciprocal rank among 50 negatives."""
     class_weight: Literal["balanced"] | tuple[float, ...] | None = None
     """single_label: factor of each class's loss; balanced gives every class the same sum."""
 
@@ -243,10 +248,29 @@ class HistoryConfig:
     always ascending."""
     cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
+    dropout: bool = True
+    """Keep rows as they were dropped out; false keeps them before, and drops them when read."""
+    momentum: float = 0.0
+    """Share of the old value in a kept one, in [0, 1)."""
+    predict: Literal["linear"] | None = None
+    """Extrapolate kept rows along their last change, by a coefficient fitted to each layer."""
+    max_drift: float | None = None
+    """Renew all histories by an exact forward after an epoch whose values were, in some layer,
+    more than this share away from the historical ones that it read; null never does."""
 
     def __post_init__(self) -> None:
         settle(self, "history")
-        at_least(self, "history", period=1, cross_chunk_gradient=0)
+        at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0)
+        rule = "must be at least 0 and below 1; 0 keeps the newest value"
+        require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
+        is_possible = self.predict is None or self.period == 1
+        rule = f"goes with `history.period` (={self.period}) 1 only; leave either out"
+        require(is_possible, "history.predict", self.predict, rule)
+
+    @property
+    def is_recalled(self) -> bool:
+        """Whether tables keep more than their last values."""
+        return not self.dropout or self.momentum > 0 or self.predict is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,10 @@ class View:
             return x
         if not isinstance(x, Tensor):
             return dropout_rows(x, self._cell.node_id, p=p, key=key)
-        is_table = self._drops_table and self._num_sites == 1 and self._reader is not None
-        out = self._reader.own_rows(x) if is_table and self._reader is not None else None
+        out = None
+        if self._drops_table and self._num_sites == 1 and self._reader is not None:
+            self._reader.keep(x)
+            out = self._reader.own_rows(x)
         return dropout_rows(x, self._cell.node_id, p=p, key=key, out=out)
 
     def relu(self, x: Tensor) -> Tensor:
@@ -207,6 +209,20 @@ class Stage:
         self._epoch = epoch
         for table in self.tables:
             table.start_epoch(epoch, is_measured=is_measured)
+        for local in self.layers:
+            self._recall(local)
+
+    def _recall(self, local: LocalLayer) -> None:
+        """Puts kept rows into the table, dropped out as the epoch's fresh rows will be."""
+        table, cell = local.table, local.cells.whole
+        if table is None or table.recall is None:
+            return
+        rows, p = table.recall.rows(), local.layer.dropout
+        if table.recall.is_clean and local.layer.aggregates_input and p:
+            key = stream_key(self._seed, self._epoch, local.layer_index, 0)
+            rows = dropout_rows(rows, cell.node_id, p=p, key=key)
+        table.values[cell.rows] = rows
+        self._halo.pull(table.values, cell.in_exchanges)()
 
     def start_step(self) -> None:
         """No gradient of the step before reaches the next; its rows are historical now."""

@@ -1,9 +1,10 @@
 """What a rank puts into a checkpoint and takes out again, under names that no rank appears in.
 
 ``layers.{i}.{parameter}``, ``optimizer.layers.{i}.{parameter}.{key}``, ``history.{i}`` (own rows,
-beside ``node_id``). Weights and moments are equal on all ways, so way 0 writes them; each way
-writes the rows that it owns. Mirrors are copies: they are pulled again from their owners, unless
-messages round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
+beside ``node_id``), ``earlier.{i}`` and ``slope.{i}`` where histories are predicted. Weights and
+moments are equal on all ways, so way 0 writes them; each way writes the rows that it owns. Mirrors
+are copies: they are pulled again from their owners, unless messages round; then what a way has
+received is its own, ``mirrors.{i}.{way}of{ways}``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,6 +75,12 @@ def history_state(layers: Iterable[LocalLayer]) -> dict[str, Tensor]:
             rows = local.cells.whole.rows
             tensors[f"history.{local.layer_index}"] = local.table.historical[rows]
             tensors[NODE_ID] = local.cells.whole.node_id
+            recall = local.table.recall
+            if recall is not None and recall.before is not None:
+                tensors[f"earlier.{local.layer_index}"] = recall.before
+                tensors[f"slope.{local.layer_index}"] = torch.tensor(
+                    recall.slope, dtype=torch.float64
+                )
     return tensors
 
 
@@ -108,6 +115,16 @@ def load_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
     if name in shards and torch.equal(shards.tensor(f"mirror_id.{place}"), own):
         values = local.table.values
         values[local.cells.whole.in_mirrors] = shards.tensor(name).to(values)
+
+
+def load_recall(local: LocalLayer, shards: Shards) -> None:
+    """Overwrites what a layer's table remembers beside its last values."""
+    assert local.table is not None
+    recall, index = local.table.recall, local.layer_index
+    if recall is not None and recall.before is not None:
+        rows = shards.rows(f"earlier.{index}", local.cells.whole.node_id)
+        recall.before.copy_(rows)
+        recall.slope = float(shards.tensor(f"slope.{index}"))
 
 
 def _parameters(layers: Layers) -> dict[str, nn.Parameter]:

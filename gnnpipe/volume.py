@@ -8,6 +8,7 @@ and M mirror rows over all ways::
     carried    2 N b  sum over cuts of the widths that cross on the way to a later layer
     halo       b (M_in + M_out)  sum over aggregating layers of the table's width
                2 b M_in          sum over gathering layers of it
+               b M_in            once more where kept rows are put back at an epoch's start
     gradient   2 (W - 1) b  sum of parameters, as a ring moves them, for each optimizer step
 
 Depth does not enter the first two, the number of chunks enters none.
@@ -38,6 +39,7 @@ def predict_comm_bytes(
     mirrors: MirrorCounts,
     element_bytes: int,
     steps: int = 1,
+    recalled: bool = False,
 ) -> dict[str, int]:
     """Bytes of one epoch over all ranks, by kind.
 
@@ -51,11 +53,14 @@ def predict_comm_bytes(
         element_bytes: bytes of one number.
         steps: optimizer steps of the epoch, all with training nodes; a step without any has no
             backward.
+        recalled: whether histories are kept apart from the tables.
     """
     cuts = [] if is_local_cut else bounds[1:-1]
     tables = [layer for layer in layers if layer.operator != "none"]
     halo_rows = sum(
-        layer.table_channels * _rows_per_layer(layer.operator, mirrors) for layer in tables
+        layer.table_channels
+        * (_rows_per_layer(layer.operator, mirrors) + recalled * mirrors.incoming)
+        for layer in tables
     )
     values = {
         "boundary": 2 * num_nodes * sum(layers[cut - 1].out_channels for cut in cuts),

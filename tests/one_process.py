@@ -33,7 +33,8 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
     Args:
         name: the model.
         seed: of weights, orders and masks.
-        **changes: keys that are unique among the sections, such as ``period=3``.
+        **changes: keys that are unique among the sections, such as ``period=3``;
+            ``keeps_dropout`` and ``history_momentum`` are the history's own.
     """
     values: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 3, "hidden_channels": 8, "dropout": 0.5, "dtype": "float64"},
@@ -44,12 +45,19 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "warm_start": "exact",
             "order": "shuffled",
             "cross_chunk_gradient": 2.0,
+            "keeps_dropout": True,
+            "history_momentum": 0.0,
+            "predict": None,
+            "max_drift": None,
         },
     }
     values["model"] |= {"name": name} | ({"heads": 2} if name == "gat" else {})
     for key, value in changes.items():
         (section,) = [section for section in values.values() if key in section]
         section[key] = value
+    history = values["history"]
+    history["dropout"] = history.pop("keeps_dropout")
+    history["momentum"] = history.pop("history_momentum")
     return from_dict({"seed": seed, **values})
 
 

@@ -124,7 +124,7 @@ MISTAKES = [
     ("memory.mode=keep", r"`memory` is not a known key"),
     ("parallel.plan=best", r"`parallel.plan` \(=best\) must be"),
     ("comm.halo=fp16", r"`comm.halo` \(=fp16\) must be"),
-    ("history.dropout=true", r"`history.dropout` is not a known key"),
+    ("history.noise=true", r"`history.noise` is not a known key"),
     ("model.num_layers=deep", r"`model.num_layers` \(=deep\) must be an integer"),
     ("model.num_layers=3.0", r"`model.num_layers` \(=3.0\) must be an integer"),
     ("model.num_layers=true", r"`model.num_layers` \(=true\) must be an integer"),

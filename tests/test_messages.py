@@ -114,7 +114,7 @@ def sum_weights(form: Format) -> None:
         for step in range(num_steps):
             own = rows(3, 50) if world.rank == 0 else rows(3, 50).flip(0)
             parts = [own[0].clone(), own[1:].clone()]
-            sums.start(7, parts, epoch=step)
+            sums.start(7, parts, step=step)
             sums.finish()
             total += torch.cat([parts[0].unsqueeze(0), parts[1]])
         assert bool(sums.state_dict()) == (form != "fp32")

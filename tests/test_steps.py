@@ -136,6 +136,12 @@ def test_steps_are_bit_equal_for_any_number_of_virtual_stages(name: str) -> None
 
 
 EXTRAS = ["training.steps_per_epoch=3", "training.clip_norm=0.1", "training.optimizer=sgd"]
+KEPT = [
+    "history.dropout=false",
+    "history.momentum=0.1",
+    "history.predict=linear",
+    "history.max_drift=0.2",
+]
 
 
 def test_steps_and_clipping_in_real_processes(pool: ProcessPool, tmp_path: Path) -> None:
@@ -151,7 +157,9 @@ def test_steps_and_clipping_in_real_processes(pool: ProcessPool, tmp_path: Path)
         "model.dtype=float64",
         "training.epochs=4",
         "training.lr=0.1",
+        "model.dropout=0.2",
         *EXTRAS,
+        *KEPT,
     ]
     shapes = {"111": (1, 1, 1), "221": (2, 2, 1), "212": (2, 1, 2)}
     table = {
@@ -164,14 +172,28 @@ def test_steps_and_clipping_in_real_processes(pool: ProcessPool, tmp_path: Path)
         for name, (s, v, w) in shapes.items()
     }
     table["whole"] = [*table["212"], "training.steps_per_epoch=1"]
+    table["plain"] = [*table["212"], *(f"{key}={value}" for key, value in PLAIN.items())]
     results = train_all(pool, tmp_path / "runs", table)
     assert differing(results["111"], results["221"]) == []
     assert largest_difference(results["111"], results["212"]) < 1e-9
-    check_bytes(results["212"].comm_bytes[0], results["whole"].comm_bytes[0])
+    check_bytes(*(results[name].comm_bytes[0] for name in ("212", "whole", "plain")))
 
 
-def check_bytes(in_steps: Mapping[str, int], whole: Mapping[str, int]) -> None:
-    """Rows travel once an epoch, sums of gradients once a step."""
+PLAIN = {
+    "history.dropout": "true",
+    "history.momentum": 0,
+    "history.predict": "null",
+    "history.max_drift": "null",
+}
+
+
+def check_bytes(
+    in_steps: Mapping[str, int], whole: Mapping[str, int], plain: Mapping[str, int]
+) -> None:
+    """Rows travel once an epoch, sums of gradients once a step, kept rows once more."""
     assert in_steps["gradient"] == 3 * whole["gradient"] > 0
     for kind in ("boundary", "carried", "halo"):
         assert in_steps[kind] == whole[kind] > 0
+    # Mirrors of fresh rows and of gradients; the graph is undirected, so they are as many.
+    assert in_steps["halo"] == plain["halo"] * 3 // 2
+    assert in_steps["boundary"] == plain["boundary"]

@@ -123,6 +123,8 @@ class Layer(nn.Module, ABC):
     """Width of the tensor handed to ``aggregate`` or ``gather``; 0 for row-wise layers."""
     aggregates_input: bool = False
     """Whether the first tensor dropped out is the one handed to ``aggregate``."""
+    dropout: float = 0.0
+    """Probability of a zero in that tensor."""
     reads: tuple[str, ...] = ()
     """Names of the carried tensors that the layer reads."""
     writes: tuple[str, ...] = ()

@@ -1,0 +1,107 @@
+"""What a table remembers from epoch to epoch, where that is not simply its last values.
+
+Kept are the own rows as they were before their dropout; whoever reads them drops them again with
+the mask of the reading epoch, so a historical row differs from a fresh one by what training has
+changed, not by two draws of noise. The kept value may be smoothed, or extrapolated from the last
+two::
+
+    last   = momentum * last + (1 - momentum) * fresh       (a moving average, as PipeGCN smooths;
+                                                             Wan et al., arXiv 2203.10428)
+    read   = last + slope * (last - before)                 (linear prediction; learned in
+                                                             SAT, arXiv 2308.13466)
+
+The slope is fitted by least squares to what the epoch before would have needed,
+``slope = <fresh - last, last - before> / |last - before|^2``, over all rows of the layer, and
+clamped to [0, 1]: 0 is the plain history, 1 repeats the last change.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Keeping(NamedTuple):
+    """How histories are kept; plain values from the configuration."""
+
+    dropout: bool = True
+    """Keep rows as they are handed over, after their dropout."""
+    momentum: float = 0.0
+    predict: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a table's own values are all that is needed."""
+        return self.dropout and not self.momentum and not self.predict
+
+
+class Recall:
+    """The kept rows of one layer.
+
+    Args:
+        num_rows: own rows of the table.
+        channels: its width.
+        like: a tensor that gives dtype and device.
+        keeping: how.
+        period: epochs between two refreshes.
+    """
+
+    def __init__(
+        self, num_rows: int, channels: int, *, like: Tensor, keeping: Keeping, period: int
+    ) -> None:
+        self.last = like.new_zeros((num_rows, channels))
+        self.before = torch.zeros_like(self.last) if keeping.predict else None
+        self.slope = 0.0
+        self.is_clean = not keeping.dropout
+        """Whether the rows before their dropout are kept."""
+        self.is_taking = False
+        """Whether the running epoch's rows are to be kept."""
+        self.sums = torch.zeros(2, dtype=torch.float64)
+        """``<fresh - last, last - before>`` and ``|last - before|^2`` of the epoch."""
+        self._momentum = keeping.momentum
+        self._period = period
+
+    def start_epoch(self, epoch: int) -> None:
+        """Epochs count from 1; the rows of every ``period``-th are kept."""
+        self.is_taking = epoch % self._period == 0
+        self.sums.zero_()
+
+    def end_epoch(self) -> None:
+        """Nothing is kept until the next epoch."""
+        self.is_taking = False
+
+    def take(self, rows: slice, x: Tensor) -> None:
+        """Keeps fresh rows."""
+        last = self.last[rows]
+        if self.before is not None:
+            step = last - self.before[rows]
+            parts = ((x - last) * step).sum(dtype=torch.float64), step.square().sum().double()
+            self.sums += torch.stack(parts).cpu()
+            self.before[rows] = last
+        if self._momentum:
+            last.lerp_(x, 1.0 - self._momentum)
+        else:
+            last.copy_(x)
+
+    def fit(self, sums: Tensor) -> None:
+        """Takes the slope from :attr:`sums`, added up over all ways."""
+        wanted, size = sums.tolist()
+        self.slope = min(1.0, max(0.0, wanted / size)) if size else 0.0
+
+    def rows(self) -> Tensor:
+        """What the next epoch reads, before its dropout."""
+        if self.before is None or not self.slope:
+            return self.last
+        return torch.lerp(self.before, self.last, 1.0 + self.slope)
+
+    def warm(self, rows: Tensor) -> None:
+        """Forgets everything but these rows."""
+        self.last.copy_(rows)
+        if self.before is not None:
+            self.before.copy_(rows)
+        self.slope = 0.0
+
+    @property
+    def arrays(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return [self.last] if self.before is None else [self.last, self.before]
