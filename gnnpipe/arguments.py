@@ -37,6 +37,9 @@ REPORT_EXAMPLES = f"""examples:
   {PROGRAM} report runs/default
   {PROGRAM} report runs/* --out compared.html
 """
+DOCTOR_EXAMPLES = f"""example:
+  {PROGRAM} doctor
+"""
 KEYS_EXAMPLES = f"""example:
   {PROGRAM} keys > keys.md
 """
@@ -108,6 +111,10 @@ def build_parser() -> Parser:
     report = _add_command(commands, "report", "one page that compares runs", REPORT_EXAMPLES)
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
     report.add_argument("--out", default="report.html", metavar="FILE", help="(report.html)")
+    doctor = _add_command(
+        commands, "doctor", "what of this machine is fine, and what is not", DOCTOR_EXAMPLES
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
     _add_texts(commands)
     for module, help_text in (
         ("launch", "start the processes of a run (python -m launch)"),

@@ -78,19 +78,19 @@ def _run(argv: list[str]) -> int:
     if argv and argv[0] in PASSED_ON:
         return _run_module(argv[0], argv[1:])
     options = parse(build_parser(), argv)
-    commands: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    commands: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
         "train": _train,
         "reference": _reference,
         "plan": _plan,
         "evaluate": _evaluate,
         "predict": _predict,
         "report": _report,
+        "doctor": _doctor,
         "keys": lambda _: print(config_reference(), end=""),
         "schema": lambda _: print(schema_text(), end=""),
         "completion": lambda options: print(completion_script(options.shell), end=""),
     }
-    commands[options.command](options)
-    return 0
+    return commands[options.command](options) or 0
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -168,6 +168,21 @@ def _report(options: argparse.Namespace) -> None:
     with preflight.user_directory(directory, "--out"):
         write_report(options.run_dirs, options.out)
     print(options.out)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    preflight.check_single_process("doctor", environment.world_size())
+    from gnnpipe.doctor import examine, verdict
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    last = verdict(findings)
+    found = [finding._asdict() for finding in findings]
+    print(json.dumps({"verdict": last, "findings": found}) if options.json else last)
+    return int(any(finding.state == "bad" for finding in findings))
 
 
 def _other_graph(name: str | None) -> "Graph | None":

@@ -127,6 +127,7 @@ class Engine:
             the last stage, 0 elsewhere.
         """
         self._comm.flush()  # What the step before sent has left long ago.
+        self._inputs.task.start_step(epoch)
         num_steps = len(self._bounds) - 1
         for stage in self.stages.values():
             if step == 0:

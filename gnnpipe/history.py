@@ -114,9 +114,13 @@ class Table:
         if self._snapshot is not None:
             self._snapshot.copy_(self.values)
 
-    def for_inference(self) -> "Table":
-        """A table for exact values between two steps: in the gradients' memory if they fit."""
-        num_values, channels = self.values.shape
+    def for_inference(self, channels: int) -> "Table":
+        """A table for exact values between two steps: in the gradients' memory if they fit.
+
+        Args:
+            channels: width; an engine that only evaluates has tables without any.
+        """
+        num_values = self.values.shape[0]
         is_enough = self.gradients.shape[0] >= num_values
         table = Table(0 if is_enough else num_values, 0, channels, like=self.values, period=1)
         if is_enough:

@@ -335,7 +335,7 @@ class Stage:
             if trained is not None:
                 trained.warm()
             return
-        yield trained.for_inference()
+        yield trained.for_inference(local.layer.table_channels)
 
 
 def _edge(value: Tensor) -> GradientEdge | None:
