@@ -8,8 +8,9 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     features     the first stage's input rows
     parameters   4 b: values, gradients, Adam's two moments
     messages     receives posted ahead: RECEIVE_AHEAD chunks of boundary rows
-    working      temporaries of the largest chunk
+    working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
+An evaluation needs its temporaries when no activations are held, so of the two the larger counts.
 All but the parameters shrink with W, and all but features and adjacency with S. The formulas count
 live arrays; what an allocator keeps beyond them is not in them.
 """
@@ -24,6 +25,9 @@ RECEIVES_AHEAD = 6
 
 CHUNK_TEMPORARIES = 4
 """Rows of hidden width that one layer's backward of one chunk has at hand at a time."""
+
+EVALUATION_TEMPORARIES = 6
+"""Rows of hidden width that an evaluation has at hand beside the table, all of the way's."""
 
 
 class WayCounts(NamedTuple):
@@ -61,7 +65,7 @@ class MemoryBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them: the peak of a training epoch."""
+        """All of them: the peak of training and of exact evaluations."""
         return sum(self)
 
 
@@ -89,17 +93,21 @@ def predict_memory_bytes(
         element_bytes: bytes of one number.
     """
     widest = max(max(layer.out_channels, layer.table_channels) for layer in layers)
-    chunk_bytes = way.largest_chunk * widest * element_bytes
+    row_bytes = widest * element_bytes
+    chunk_bytes = way.largest_chunk * row_bytes
     sizes = -(-way.num_rows // num_chunks), -(-way.num_edges // num_chunks)
     kept = num_chunks * sum(layer.kept_numbers(*sizes) for layer in layers)
+    activations = element_bytes * kept
+    training = activations + CHUNK_TEMPORARIES * chunk_bytes
+    evaluation = EVALUATION_TEMPORARIES * way.num_rows * row_bytes
     return MemoryBytes(
         tables=element_bytes * sum(_table_numbers(layer, way, period) for layer in layers),
-        activations=element_bytes * kept,
+        activations=activations,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=4 * element_bytes * num_parameters(layers),
         messages=min(RECEIVES_AHEAD, num_chunks) * chunk_bytes if is_pipelined else 0,
-        working=CHUNK_TEMPORARIES * chunk_bytes,
+        working=max(training, evaluation) - activations,
     )
 
 

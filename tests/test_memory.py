@@ -9,9 +9,10 @@ from drawn import woven
 from one_process import layers_of, pipeline, settings, striped
 from torch import Tensor
 
+from gnnpipe.history import Table
 from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
 from gnnpipe.runs import PipelineRun
-from gnnpipe.stage import Flow, Stage
+from gnnpipe.stage import Flow, LocalLayer, Stage
 
 NUM_CHUNKS = 4
 NUM_NODES = 400
@@ -62,6 +63,40 @@ def test_activations_are_never_more_than_predicted(
     before = live_bytes()
     run.train_epoch(1)
     assert 0 < found[0] < 1.1 * predicted(run).activations
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_backward_holds_the_gradients_of_one_layer_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(name)
+    found: list[int] = []
+
+    def backward(stage: Stage, chunk_index: int, gradient: Flow, **options: Any) -> Flow:
+        start = live_bytes()
+
+        def layer_done(_layer: LocalLayer) -> None:
+            found.append(live_bytes() - start)
+
+        return original(stage, chunk_index, gradient, layer_done=layer_done)
+
+    original = Stage.backward
+    monkeypatch.setattr(Stage, "backward", backward)
+    run.train_epoch(1)
+    rows_bytes = NUM_NODES // NUM_CHUNKS * 64 * 4
+    weights_bytes = sum(
+        4 * p.numel() for local in layers_of(run) for p in local.layer.parameters()
+    )
+    assert max(found) < 3.5 * rows_bytes + weights_bytes  # The weights' gradients are new once.
+
+
+def test_inference_needs_no_table_of_its_own_where_the_gradients_are_as_long() -> None:
+    trained = Table(5, 5, 3, like=torch.empty(0), period=1)
+    borrowed = trained.for_inference(3)
+    assert borrowed.values.data_ptr() == trained.gradients.data_ptr()
+    assert borrowed.values.shape == trained.values.shape
+    short = Table(5, 4, 3, like=torch.empty(0), period=1)
+    assert short.for_inference(3).values.data_ptr() != short.gradients.data_ptr()
 
 
 def live_bytes() -> int:
