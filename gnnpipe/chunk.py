@@ -77,6 +77,8 @@ class ChunkedGraph:
     edge_attr: NDArray[np.float32] | None = None  # [E, D], in the order of `indices`
     edge_type: NDArray[np.int64] | None = None  # [E], likewise
     node_type: NDArray[np.int64] | None = None  # [N]
+    pairs: NDArray[np.int64] | None = None  # [P, 2], see Graph
+    pair_split: NDArray[np.int64] | None = None  # [P]
 
     @property
     def num_edges(self) -> int:
@@ -141,6 +143,8 @@ def cut(
         edge_attr=_taken(graph.edge_attr, edge_id),
         edge_type=_taken(graph.edge_type, edge_id),
         node_type=_taken(graph.node_type, node_id),
+        pairs=None if graph.pairs is None else np.argsort(node_id)[graph.pairs],
+        pair_split=graph.pair_split,
     )
 
 

@@ -108,6 +108,11 @@ class Config:
         )
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
+        if self.task.kind == "link" and self.parallel.num_ways > 1:
+            raise UserError(
+                f"`parallel.num_ways` (={self.parallel.num_ways}) must be 1 with `task.kind` "
+                "(=link), whose pairs have both ends on one rank; use stages instead"
+            )
 
     @property
     def world_size(self) -> int:

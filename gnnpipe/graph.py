@@ -74,6 +74,8 @@ class Graph:
     node_type: NDArray[np.int64] | None = None  # [N]
     edge_type: NDArray[np.int64] | None = None  # [E]
     features_note: str = ""  # what to know about features that are not the data set's own
+    pairs: NDArray[np.int64] | None = None  # [P, 2]: source, target of what link prediction asks
+    pair_split: NDArray[np.int64] | None = None  # [P]: 0 training, 1 validation, 2 test
 
     @staticmethod
     def from_edge_index(
@@ -290,6 +292,9 @@ def _canonical_parts(graph: Graph) -> Iterator[NDArray[Any]]:
         yield np.array([values is not None])
         if values is not None:
             yield values.astype("<f4" if values.dtype.kind == "f" else "<i8", copy=False)
+    if graph.pairs is not None and graph.pair_split is not None:
+        yield graph.pairs.astype("<i8", copy=False)
+        yield graph.pair_split.astype("<i8", copy=False)
     rows = max(1, BLOCK_VALUES // max(1, graph.num_features))
     for start in range(0, graph.num_nodes, rows):
         block = sparse.csr_array(graph.features[start : start + rows], copy=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
+from gnnpipe.link_task import Link
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
 from gnnpipe.optimizer import Updates, learning_rate, make_optimizer, set_learning_rate
@@ -70,7 +71,10 @@ class Reference:
         train = self._nodes["train"]
         self.optimizer.zero_grad()
         logits = self._forward((self._seed, epoch))
-        loss = self._loss(logits[train], self._labels[train])
+        if isinstance(self._task, Link):
+            loss = self._task.whole_loss(logits, epoch)
+        else:
+            loss = self._loss(logits[train], self._labels[train])
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
         max_norm = self._updates.clip_norm
         if max_norm is not None:

@@ -16,6 +16,7 @@ from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
 from gnnpipe.fields import require
 from gnnpipe.graph import Graph
+from gnnpipe.link_task import Link
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models import build_layers
@@ -46,7 +47,7 @@ from gnnpipe.state import (
     named_state,
 )
 from gnnpipe.subgraph import training_part
-from gnnpipe.tasks import Labelled, Task, make_task
+from gnnpipe.tasks import Task, make_task
 from gnnpipe.world import World, make_groups
 
 WAIT_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
@@ -450,8 +451,10 @@ class ReferenceRun:
         load_model_state(list(enumerate(self.layers)), self.reference.optimizer, shards)
 
 
-def configured_task(config: Config, graph: Labelled) -> Task:
-    """The task that the configuration names, on the labels that the graph has."""
+def configured_task(config: Config, graph: Graph | ChunkedGraph) -> Task:
+    """The task that the configuration names, on the labels or pairs that the graph has."""
+    if config.task.kind == "link":
+        return Link(graph, seed=config.seed, metric=config.task.link_metric)
     task, smoothing = config.task, config.training.label_smoothing
     return make_task(task.kind, graph, class_weight=task.class_weight, smoothing=smoothing)
 

@@ -43,6 +43,8 @@ def induced(graph: Graph, node_id: NDArray[np.int64]) -> Graph:
         num_nodes=node_id.size,
         indptr=np.concatenate(([0], np.cumsum(counts))),
         indices=column[is_kept].astype(np.int32),
+        pairs=None,
+        pair_split=None,
         **taken,
     )
 

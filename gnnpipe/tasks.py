@@ -17,7 +17,7 @@ from gnnpipe.auc import mean_roc_auc
 from gnnpipe.errors import UserError
 from gnnpipe.losses import SPLITS, Targets, accuracies, count_correct, cross_entropy
 
-Kind = Literal["single_label", "multi_label", "multi_task_auc", "regression"]
+Kind = Literal["single_label", "multi_label", "multi_task_auc", "regression", "link"]
 ClassWeight = Literal["balanced"] | Sequence[float] | None
 
 
@@ -48,6 +48,9 @@ class Task(ABC):
         if labels.dtype.kind != "f":
             values = values.masked_fill(values < 0, float("nan"))
         return values.to(like)
+
+    def start_step(self, epoch: int) -> None:
+        """Called before the losses of a step."""
 
     @abstractmethod
     def normaliser(self, graph: Labelled) -> float:

@@ -20,6 +20,7 @@ from gnnpipe.cut_facts import cut_report
 from gnnpipe.datasets import from_pyg, load_graph
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
+from gnnpipe.links import link_graph
 from gnnpipe.loop import EpochEnd, LoopPlan, Outcome, finished, fit_epochs
 from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
@@ -65,7 +66,9 @@ class Trainer:
         on_epoch_end: Sequence[EpochEnd] = (),
     ) -> None:
         self.config = config
-        self._graph = graph if graph is None or isinstance(graph, Graph) else from_pyg(graph)
+        if graph is not None:
+            graph = prepared(graph if isinstance(graph, Graph) else from_pyg(graph), config)
+        self._graph: Graph | None = graph
         self._layers = layers
         self._adapted: Sequence[Layer] | None = None
         self._on_epoch_end = on_epoch_end
@@ -224,11 +227,18 @@ def set_threads(config: Config, world_size: int, start: Start | None = None) -> 
     return threads
 
 
+def prepared(graph: Graph, config: Config) -> Graph:
+    """The graph as the task wants it: link prediction holds out edges, unless pairs are given."""
+    if config.task.kind != "link" or graph.pairs is not None:
+        return graph
+    return link_graph(graph, channels=config.model.hidden_channels)
+
+
 def load_data(config: Config) -> Graph:
     """Loads the configured graph."""
     data = config.data
     with working(f"loading {data.name}"):
-        return load_graph(
+        graph = load_graph(
             data.name,
             root=data.root,
             split=data.split,
@@ -236,6 +246,7 @@ def load_data(config: Config) -> Graph:
             features=data.features,
             row_normalize=data.row_normalize,
         )
+        return prepared(graph, config)
 
 
 def cut_graph(graph: Graph, config: Config, *, num_chunks: int | None = None) -> ChunkedGraph:
