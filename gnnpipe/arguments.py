@@ -168,7 +168,7 @@ def add_plan(command: "Parser") -> None:
     command.add_argument("--profile", metavar="FILE", help="costs measured on another machine")
     command.add_argument("--save-profile", metavar="FILE", help="write the measured costs")
     command.add_argument("--write", metavar="FILE", help="write the configuration with the plan")
-    command.add_argument("--picture", metavar="FILE.png", help="draw the timeline (matplotlib)")
+    command.add_argument("--picture", metavar="FILE.png", help="draw the timeline")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -7,6 +7,7 @@ from gnnpipe.config import Config, to_yaml
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import json_text
+from gnnpipe.pictures import predicted_figure
 from gnnpipe.plan_request import PlanRequest
 from gnnpipe.planner import Planner, Prediction, choose, reason
 from gnnpipe.planning import (
@@ -21,8 +22,8 @@ from gnnpipe.planning import (
     report,
     shape_of,
 )
+from gnnpipe.room import PROCESS_BYTES, by_purpose, free_bytes, size_text
 from gnnpipe.runs import model_layers
-from gnnpipe.schedule import Timeline
 from gnnpipe.trainer import load_data
 
 
@@ -42,38 +43,29 @@ def run_plan(config: Config, request: PlanRequest) -> str:
     limit = None if request.memory_gb is None else request.memory_gb * 1e9
     best = choose(predictions, memory_bytes=limit)
     if request.picture is not None:
-        save_picture(best.timeline, request.picture)
+        predicted_figure(best.timeline).savefig(request.picture)
     if request.write is not None:
         Path(request.write).write_text(to_yaml(applied(config, best.setting)), encoding="utf-8")
     if request.is_json:
         figures = {"best": _figures(best), "why": reason(best, predictions)}
         return json_text(figures | {"settings": [_figures(p) for p in predictions]})
-    return report(predictions, best, links, profile.note)
+    table = report(predictions, best, links, profile.note)
+    return f"{table}\n{memory_line(best, request)}"
 
 
-def save_picture(timeline: Timeline, path: str) -> None:
-    """Draws a timeline into an image file.
+def memory_line(best: Prediction, request: PlanRequest) -> str:
+    """What the fullest rank needs, by purpose, and whether this host has it for its ranks."""
+    here = best.setting.num_ranks // min(request.hosts, best.setting.num_ranks)
+    need = best.memory.total + PROCESS_BYTES
+    room = "" if request.shape is not None else f"; {_room_here(here, need)}"
+    return f"memory of the fullest rank: {by_purpose(best.memory)}{room}"
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            f"`--picture` (={path}) needs matplotlib; pip install matplotlib or leave it out"
-        ) from None
-    figure = Figure(figsize=(12, 1 + 0.4 * len(timeline.ranks)), layout="tight")
-    axes = figure.subplots()
-    for rank, spans in enumerate(timeline.ranks):
-        for kind, colour in (("F", "tab:blue"), ("B", "tab:orange")):
-            chosen = [s for s in spans if s.action.kind == kind]
-            bars = [(s.start_s * 1e3, (s.end_s - s.start_s) * 1e3) for s in chosen]
-            axes.broken_barh(bars, (rank - 0.4, 0.8), color=colour, edgecolor="white", lw=0.3)
-    axes.set_yticks(range(len(timeline.ranks)), [f"rank {r}" for r in range(len(timeline.ranks))])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"ms; bubble {timeline.bubble_fraction:.3f}; blue forward, orange backward")
-    figure.savefig(path)
+
+def _room_here(num_ranks: int, need: int) -> str:
+    free = free_bytes()
+    if num_ranks * need <= free:
+        return f"this host has {size_text(free)}, enough for {num_ranks} rank(s)"
+    return f"this host has {size_text(free)}, TOO LITTLE for {num_ranks} rank(s); see --memory-gb"
 
 
 def _planner(
@@ -114,4 +106,5 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
         "bubble_fraction": prediction.bubble_fraction,
         "comm_bytes": prediction.comm_bytes,
         "memory_bytes": prediction.memory_bytes,
+        "memory": prediction.memory._asdict(),
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gnnpipe.costs import Links, Profile, role_of
 from gnnpipe.errors import UserError
-from gnnpipe.memory import FeatureCounts, WayCounts, predict_memory_bytes
+from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
 from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
 from gnnpipe.shapes import LayerShape, num_parameters
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
@@ -65,6 +65,8 @@ class Prediction(NamedTuple):
     memory_bytes: int
     """Of the rank with the most."""
     timeline: Timeline
+    memory: MemoryBytes
+    """What that rank holds, by purpose."""
 
 
 class Planner:
@@ -132,14 +134,17 @@ class Planner:
         epoch_s = timeline.makespan_s + tail_s
         halo_s = sum(self._halo_s(i, setting) for i in range(len(self._layers)))
         busy_s = sum(timeline.busy_s) + tail_s * S - 2 * setting.num_chunks * halo_s
+        needs = [self._memory_bytes(bounds, rank, setting) for rank in range(S)]
+        memory = max(needs, key=lambda need: need.total)
         return Prediction(
             setting,
             sizes,
             epoch_s,
             max(0.0, 1.0 - busy_s / (S * epoch_s)),
             self._comm_bytes(bounds, W, steps=steps),
-            max(self._memory_bytes(bounds, rank, setting) for rank in range(S)),
+            memory.total,
             timeline,
+            memory,
         )
 
     def _layer_s(self, index: int, setting: Setting) -> tuple[float, float]:
@@ -209,7 +214,7 @@ class Planner:
             recalled=self._recalled,
         )
 
-    def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> int:
+    def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> MemoryBytes:
         S, W, C, v = setting
         graph, mirrors = self._graph, self._way(W).mirrors
         entries = graph.features.num_entries
@@ -221,7 +226,7 @@ class Planner:
             is_symmetric=graph.is_symmetric,
             largest_chunk=-(-graph.num_nodes // (W * C)),
         )
-        found = predict_memory_bytes(
+        return predict_memory_bytes(
             [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)],
             is_first=rank == 0,
             is_pipelined=S > 1,
@@ -231,7 +236,6 @@ class Planner:
             period=self._period,
             element_bytes=self._bytes,
         )
-        return found.total
 
     def _chunk(self, setting: Setting) -> tuple[float, float]:
         """Rows and edges of a mean chunk of one way."""

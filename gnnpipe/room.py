@@ -96,7 +96,7 @@ def check_room(
     """
     ranks = rank_bytes(config, chunked, layers)
     wanted = _fullest(ranks, room)
-    logger.info("memory: %s; %s has %s", describe(ranks), room.name, _gb(room.free_bytes))
+    logger.info("memory: %s; %s has %s", describe(ranks), room.name, size_text(room.free_bytes))
     if wanted <= room.free_bytes or not config.run.check_memory:
         return
 
@@ -107,9 +107,9 @@ def check_room(
     fitting = list(_proposals(config, room, need, is_own_model=rebuild is None))
     way_out = f"settings that fit: {', '.join(fitting)}" if fitting else "use larger machines"
     raise UserError(
-        f"`run.check_memory` (=true) finds that {describe(ranks)}, {_gb(wanted)} for"
-        f" {room.num_sharing} rank(s) of {room.name}, which has {_gb(room.free_bytes)}; {way_out},"
-        " or set run.check_memory=false"
+        f"`run.check_memory` (=true) finds that {describe(ranks)}, {size_text(wanted)} for"
+        f" {room.num_sharing} rank(s) of {room.name}, which has {size_text(room.free_bytes)};"
+        f" {way_out}, or set run.check_memory=false"
     )
 
 
@@ -183,10 +183,15 @@ def way_counts(chunked: ChunkedGraph, way: int, num_ways: int) -> WayCounts:
 def describe(ranks: Sequence[MemoryBytes]) -> str:
     """The need of the fullest rank, by purpose."""
     rank = max(range(len(ranks)), key=lambda r: ranks[r].total)
-    parts = sorted(ranks[rank]._asdict().items(), key=lambda part: -part[1])
-    parts = [("libraries", PROCESS_BYTES), *parts]
-    purposes = ", ".join(f"{name} {_gb(count)}" for name, count in parts if count >= 5e5)
-    return f"rank {rank} needs {_gb(ranks[rank].total + PROCESS_BYTES)} ({purposes})"
+    return f"rank {rank} needs {by_purpose(ranks[rank])}"
+
+
+def by_purpose(memory: MemoryBytes) -> str:
+    """What one rank needs, and for what, the largest part first."""
+    parts = [("libraries", PROCESS_BYTES), *memory._asdict().items()]
+    parts.sort(key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {size_text(count)}" for name, count in parts if count >= 5e5)
+    return f"{size_text(memory.total + PROCESS_BYTES)} ({shown})"
 
 
 def _fullest(ranks: Sequence[MemoryBytes], room: Room) -> int:
@@ -211,7 +216,7 @@ def _proposals(
             wanted = need(from_dict(values))
             if wanted <= room.free_bytes and left:
                 left -= 1
-                yield f"{key}={value} ({_gb(wanted)})"
+                yield f"{key}={value} ({size_text(wanted)})"
 
 
 def _candidates(
@@ -232,5 +237,6 @@ def _candidates(
         yield "model.num_layers", config.model.num_layers // part
 
 
-def _gb(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for a person."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

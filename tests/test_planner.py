@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from combinations import COMMON
 
+from gnnpipe import plan_command
 from gnnpipe.cli import main
 from gnnpipe.config import load_config
 from gnnpipe.costs import Line, Links, Profile, load_profile, save_profile
@@ -256,16 +258,21 @@ def test_command_knows_shapes_without_a_graph(capsys: pytest.CaptureFixture[str]
     assert "`--shape` (=nothing) must be one of ogbn-arxiv" in capsys.readouterr().err
 
 
-def test_picture_needs_matplotlib(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free", "words"), [(10**12, "enough"), (10**6, "TOO LITTLE")])
+def test_memory_is_told_by_purpose_beside_what_this_host_has(
+    free: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert run("--shape", "ogbn-arxiv", *SHORT, "--picture", str(tmp_path / "a.png")) == 2
-    assert "needs matplotlib" in capsys.readouterr().err
+    monkeypatch.setattr(plan_command, "free_bytes", lambda: free)
+    assert run(*SHORT) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(r"memory of the fullest rank: \d+ MB \(libraries 350 MB, .*tables", line)
+    assert re.search(rf"this host has .*{words} for [12] rank\(s\)", line)
+    assert run("--shape", "ogbn-papers100M", *SHORT, "--json") == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    assert sum(best["memory"].values()) == best["memory_bytes"]
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert run("--shape", "ogbn-arxiv", *SHORT, "--picture", str(tmp_path / "a.png")) == 0
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
