@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from combinations import both_ways, save_partition, write_npz
 
 from gnnpipe import chunk
@@ -22,6 +23,8 @@ from gnnpipe.cli import main
 from gnnpipe.config import load_config
 from gnnpipe.preflight import THREAD_VARIABLES
 from gnnpipe.trainer import Trainer
+from launch.__main__ import main as launch
+from partition.__main__ import main as partition
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -193,6 +196,65 @@ CASES = [
          "YAML"),
     Case("damaged-partition", rewritten("run/partition/labels.npy", flipped), "evaluate run",
          "labels.npy is damaged"),
+    # keys
+    Case("unknown-section", nothing, f"{TRAIN} modell.name=gcn", "the nearest is `model`"),
+    Case("unknown-key", nothing, f"{TRAIN} training.learning_rate=1", "is not a known key; the n"),
+    Case("key-of-another-section", nothing, f"{TRAIN} training.dropout=0.1",
+         "the nearest is `(model|history).dropout`"),
+    Case("option-of-another-model", nothing, f"{TRAIN} model.heads=4", "is an option of gat"),
+    Case("key-without-value", nothing, f"{TRAIN} seed", "`seed` is not an override"),
+    Case("key-twice", written("c.yaml", "seed: 1\nseed: 2\n"), TRAIN, "`seed` stands twice"),
+    Case("section-as-number", written("c.yaml", "model: 3\n"), TRAIN, "must be a section of keys"),
+    Case("unknown-preset", nothing, f"{TRAIN} preset=gnnpipe", "the nearest is gnnpipe-paper"),
+    # types
+    Case("text-for-number", nothing, f"{TRAIN} training.epochs=many", "must be an integer"),
+    Case("fraction-for-count", nothing, f"{TRAIN} training.epochs=1.5", "must be an integer"),
+    Case("number-for-truth", nothing, f"{TRAIN} run.trace=1", "must be true or false"),
+    Case("list-for-number", nothing, f"{TRAIN} training.lr=[1]", "must be a finite number"),
+    Case("infinite-rate", nothing, f"{TRAIN} training.lr=inf", "must be a finite number"),
+    Case("number-for-list", nothing, f"{TRAIN} parallel.layers_per_stage=4", "a list of integers"),
+    Case("unknown-choice", nothing, f"{TRAIN} history.order=random", "must be one of shuffled"),
+    Case("no-yaml", written("c.yaml", "a: [1\n"), TRAIN, "is not valid YAML at line"),
+    Case("yaml-list", written("c.yaml", "- 1\n"), TRAIN, "must be a mapping"),
+    Case("binary-config", rewritten("c.yaml", lambda b: b"\xff\xfe"), TRAIN, "not UTF-8"),
+    # sizes
+    Case("no-epochs", nothing, f"{TRAIN} training.epochs=0", "must be at least 1"),
+    Case("dropout-of-all", nothing, f"{TRAIN} model.dropout=1", "at least 0 and below 1"),
+    Case("no-chunks", nothing, f"{TRAIN} partition.num_chunks=0", "must be at least 1"),
+    Case("negative-seed", nothing, f"{TRAIN} seed=-1", "must be between 0 and"),
+    Case("more-stages-than-layers", nothing, f"{TRAIN} parallel.num_stages=5",
+         r"must be at most `model.num_layers` \+ 2"),
+    Case("split-of-another-sum", nothing, f"{TRAIN} parallel.layers_per_stage=[9]", "the sum 4"),
+    Case("heads-that-do-not-divide", nothing, f"{TRAIN} model.name=gat model.heads=3",
+         "must divide `model.hidden_channels`"),
+    # world sizes
+    Case("too-few-processes", nothing, f"{TRAIN} parallel.num_stages=2",
+         "start `torchrun --nproc_per_node 2"),
+    Case("too-many-processes", nothing, f"WORLD_SIZE=3 {TRAIN}", "set parallel.num_stages=3"),
+    Case("world-of-words", nothing, f"WORLD_SIZE=two {TRAIN}", "must be a whole number"),
+    Case("several-for-one", nothing, "WORLD_SIZE=2 evaluate run", "must be 1 for `evaluate`"),
+    Case("launch-too-few", nothing, "launch local --nproc 1 c.yaml parallel.num_stages=2",
+         "`--nproc`"),
+    Case("launch-none", nothing, "launch local --nproc 0 c.yaml", "must be at least 1"),
+    Case("launch-nothing", nothing, "launch local --nproc 2 d.yaml", "cannot read the config"),
+    # devices, threads and memory
+    Case("no-such-device", nothing, f"{TRAIN} device=tpu", "must be one of auto, cpu, cuda"),
+    Case("no-threads", nothing, f"{TRAIN} run.threads=0", "must be auto or at least 1"),
+    # other commands
+    Case("report-of-nothing", nothing, "report new", "must hold a run's config.yaml and metrics"),
+    Case("report-into-nowhere", nothing, "report run --out c.yaml/r.html", "`--out`"),
+    Case("plan-without-ranks", nothing, "plan c.yaml --ranks 0", "must be at least 1"),
+    Case("plan-of-an-unknown-shape", nothing, "plan c.yaml --shape reddit --ranks 2",
+         "must be one of ogbn-arxiv"),
+    Case("plan-in-no-memory", nothing, "plan c.yaml --ranks 2 --chunks 2 --memory-gb 1e-9",
+         "`--memory-gb` .* must be at least"),
+    Case("partition-into-none", nothing,
+         "partition --dataset graph.npz --num-chunks 0 --out p", "`num_chunks` .*=0"),
+    Case("partition-of-nothing", nothing,
+         "partition --dataset nope.npz --num-chunks 2 --out p", "nope.npz"),
+    Case("partition-over-another", nothing,
+         "partition --dataset graph.npz --num-chunks 2 --out run", "run"),
+    Case("predict-into-text", nothing, "predict run --out scores.txt", "a .npy or a .parquet"),
     Case("nothing-to-evaluate-on", removed("run/partition", "graph.npz"), "evaluate run",
          r"`data.name` \(=graph.npz\) must be an existing file"),
 ]
@@ -241,13 +303,42 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {"launch": launch, "partition": partition}
+
+
+def status_of(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a command in this process; ``NAME=value`` before it is its environment."""
+    words = line.split()
+    while words[0].isupper() or "=" in words[0]:
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    program = PROGRAMS.get(words[0])
+    try:
+        return main(words) if program is None else program(words[1:])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def test_at_least_sixty_mistakes_are_tried() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_a_mistake(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN.split(), "device=cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: `device` \(=cuda\) must offer a GPU to each local rank", line)
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_mistake_is_one_error_line_and_leaves_nothing(
-    case: Case, folder: Path, capsys: pytest.CaptureFixture[str]
+    case: Case,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case.change(folder)
     before = contents(folder)
-    assert main(case.line.split()) == 2
+    assert status_of(case.line, monkeypatch) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
