@@ -14,11 +14,12 @@ from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import Comm
 from gnnpipe.counter import stream_key
 from gnnpipe.engine import Engine, Inputs, cut_before
+from gnnpipe.errors import UserError
 from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
-from gnnpipe.recall import Keeping, Recall
+from gnnpipe.recall import Keeping, LateGradients, Recall
 from gnnpipe.schedule import fill_drain, split_layers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     steps: int = 1
     """Optimizer steps of an epoch."""
     keeping: Keeping = Keeping()
+    late_gradient: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
     is_trained: bool = True
@@ -151,6 +153,11 @@ class _StageBuilder:
         if plan.is_trained and not plan.keeping.is_plain:
             keeping, period = plan.keeping, plan.period
             recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
+        late, channels = None, layer.table_channels
+        if plan.is_trained and plan.late_gradient:
+            _check_aggregates(layer, plan.late_gradient)
+            factor = plan.late_gradient
+            late = LateGradients(num_gradients, channels, like=self._like, factor=factor)
         return Table(
             num_values,
             num_gradients if self._plan.is_trained else 0,
@@ -158,6 +165,15 @@ class _StageBuilder:
             like=self._like,
             period=self._plan.period,
             recall=recall,
+            late=late,
+        )
+
+
+def _check_aggregates(layer: Layer, factor: float) -> None:
+    if layer.operator.startswith("edges"):
+        raise UserError(
+            f"`history.late_gradient` (={factor}) must be 0 for {type(layer).__name__}, which"
+            " gathers its neighbours' rows; set it to 0 or take a model that sums them"
         )
 
 

@@ -56,6 +56,7 @@ class Table:
         like: a tensor that gives dtype and device.
         period: epochs between refreshes of the historical values, see :meth:`start_epoch`.
         recall: what is remembered instead of the last values.
+        late: last epoch's gradients, of an aggregation.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Table:
         like: Tensor,
         period: int,
         recall: Recall | None = None,
+        late: LateGradients | None = None,
     ) -> None:
         self.values = like.new_zeros((num_values, channels))
         self.gradients = like.new_zeros((num_gradients, channels))
@@ -77,6 +79,7 @@ class Table:
         self._period = period
         self._snapshot = self.values.clone() if period > 1 and recall is None else None
         self.recall = recall
+        self.late = late
 
     def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Makes last epoch's values historical; with a period, the frozen snapshot instead.
@@ -99,6 +102,8 @@ class Table:
         """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
         self.gate.zero_()
         self._is_zeroed = False
+        if self.late is not None:
+            self.late.start_step()
 
     def end_epoch(self, epoch: int) -> None:
         """Takes the snapshot when a period ends."""
@@ -147,6 +152,7 @@ class Table:
         arrays = [self.values, self.gradients]
         arrays += [] if self._snapshot is None else [self._snapshot]
         arrays += [] if self.recall is None else self.recall.arrays
+        arrays += [] if self.late is None else [self.late.rows]
         return sum(array.numel() * array.element_size() for array in arrays)
 
 
@@ -226,10 +232,21 @@ class _Aggregate(torch.autograd.Function):
         assert cell.backward is not None
         gate = None if cell.is_closed else table.gate
         dx = _overlapped(cell.backward, cell.backward_halves, table.gradients, wait, gate=gate)
+        if table.late is not None:
+            dx = _with_late(dx, cell, table, table.late)
         # From here on these rows are read by other chunks only.
         for rows in (cell.rows, cell.out_mirrors):
             table.gate[rows] = reader.factor
         return dx, None
+
+
+def _with_late(dx: Tensor, cell: Cell, table: Table, late: LateGradients) -> Tensor:
+    """Adds last epoch's gradients of the readers that are still to come, and keeps this one's."""
+    assert cell.backward is not None
+    for rows in (cell.rows, cell.out_mirrors):
+        late.close(rows)
+        late.take(table.gradients, rows)
+    return dx if cell.is_closed else dx.add_(aggregate(cell.backward, late.rows, gate=late.gate))
 
 
 def _overlapped(  # one aggregation in two parts

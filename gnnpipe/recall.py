@@ -1,9 +1,9 @@
 """What a table remembers from epoch to epoch, where that is not simply its last values.
 
-Kept are the own rows as they were before their dropout; whoever reads them drops them again with
-the mask of the reading epoch, so a historical row differs from a fresh one by what training has
-changed, not by two draws of noise. The kept value may be smoothed, or extrapolated from the last
-two::
+Of values, kept are the own rows as they were before their dropout; whoever reads them drops them
+again with the mask of the reading epoch, so a historical row differs from a fresh one by what
+training has changed, not by two draws of noise. The kept value may be smoothed, or extrapolated
+from the last two::
 
     last   = momentum * last + (1 - momentum) * fresh       (a moving average, as PipeGCN smooths;
                                                              Wan et al., arXiv 2203.10428)
@@ -105,3 +105,38 @@ class Recall:
     def arrays(self) -> list[Tensor]:
         """Everything that takes memory."""
         return [self.last] if self.before is None else [self.last, self.before]
+
+
+class LateGradients:
+    """Last epoch's gradients, for the readers that saw a row as history.
+
+    A chunk's backward knows the gradients of the chunks after it. Those before it have read its
+    historical rows, and their gradients come later; last epoch's stand in for them, damped by a
+    factor, so that paths which leave a chunk against the order, or come back to it, are not lost
+    (LMC, arXiv 2302.00924, compensates subgraph sampling like this). While weights stand still
+    the gradients of L layers are exact after L epochs.
+
+    Args:
+        num_rows: rows of the table's gradients.
+        channels: their width.
+        like: a tensor that gives dtype and device.
+        factor: on these gradients, in [0, 1].
+    """
+
+    def __init__(self, num_rows: int, channels: int, *, like: Tensor, factor: float) -> None:
+        self.rows = like.new_zeros((num_rows, channels))
+        self.gate = like.new_zeros(num_rows)
+        """Factor of each row for its readers; 0 where this step's own gradient is known."""
+        self._factor = factor
+
+    def start_step(self) -> None:
+        """All rows are of another step."""
+        self.gate.fill_(self._factor)
+
+    def close(self, rows: slice) -> None:
+        """From here on the step's own gradients of these rows are read."""
+        self.gate[rows] = 0.0
+
+    def take(self, gradients: Tensor, rows: slice) -> None:
+        """Keeps rows for the next step that does not compute them first."""
+        self.rows[rows] = gradients[rows]

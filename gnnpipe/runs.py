@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from gnnpipe.assembly import Plan, build_engine, initialise, stage_bounds
@@ -118,7 +118,7 @@ class Run(Protocol):
 def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
     """Builds the configured model for a graph, without storage: shapes, but no memory."""
     features = graph.features
-    row_entries = None if isinstance(features, np.ndarray) else features.nnz / graph.num_nodes
+    row_entries = features.nnz / graph.num_nodes if sparse.issparse(features) else None
     return layers_between(config, graph.num_features, graph.num_classes, row_entries=row_entries)
 
 
@@ -197,6 +197,7 @@ class PipelineRun:
                 config.history.momentum,
                 config.history.predict == "linear",
             ),
+            late_gradient=config.history.late_gradient,
             task=configured_task(config, chunked),
         )
         assert plan.task is not None
@@ -364,6 +365,8 @@ class PipelineRun:
                 load_mirrors(local, shards, self._comm.mesh.place(self.rank))
                 local.table.warm()
                 load_recall(local, shards)
+                if local.table.late is not None:
+                    self._comm.pull(local.table.late.rows, local.cells.whole.out_exchanges)()
         self.usage()  # No epoch's business.
 
     @property

@@ -248,6 +248,8 @@ class HistoryConfig:
     always ascending."""
     cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
+    late_gradient: float = 0.0
+    """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
     dropout: bool = True
     """Keep rows as they were dropped out; false keeps them before, and drops them when read."""
     momentum: float = 0.0
@@ -263,6 +265,9 @@ class HistoryConfig:
         at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0)
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
+        rule = "must be between 0 (none) and 1 (undamped)"
+        is_share = 0 <= self.late_gradient <= 1
+        require(is_share, "history.late_gradient", self.late_gradient, rule)
         is_possible = self.predict is None or self.period == 1
         rule = f"goes with `history.period` (={self.period}) 1 only; leave either out"
         require(is_possible, "history.predict", self.predict, rule)

@@ -1,10 +1,10 @@
 """What a rank puts into a checkpoint and takes out again, under names that no rank appears in.
 
 ``layers.{i}.{parameter}``, ``optimizer.layers.{i}.{parameter}.{key}``, ``history.{i}`` (own rows,
-beside ``node_id``), ``earlier.{i}`` and ``slope.{i}`` where histories are predicted. Weights and
-moments are equal on all ways, so way 0 writes them; each way writes the rows that it owns. Mirrors
-are copies: they are pulled again from their owners, unless messages round; then what a way has
-received is its own, ``mirrors.{i}.{way}of{ways}``.
+beside ``node_id``), ``earlier.{i}`` and ``slope.{i}`` where histories are predicted, ``late.{i}``
+where gradients are kept. Weights and moments are equal on all ways, so way 0 writes them; each way
+writes the rows that it owns. Mirrors are copies: they are pulled again from their owners, unless
+messages round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,6 +75,8 @@ def history_state(layers: Iterable[LocalLayer]) -> dict[str, Tensor]:
             rows = local.cells.whole.rows
             tensors[f"history.{local.layer_index}"] = local.table.historical[rows]
             tensors[NODE_ID] = local.cells.whole.node_id
+            if local.table.late is not None:
+                tensors[f"late.{local.layer_index}"] = local.table.late.rows[rows]
             recall = local.table.recall
             if recall is not None and recall.before is not None:
                 tensors[f"earlier.{local.layer_index}"] = recall.before
@@ -121,8 +123,11 @@ def load_recall(local: LocalLayer, shards: Shards) -> None:
     """Overwrites what a layer's table remembers beside its last values."""
     assert local.table is not None
     recall, index = local.table.recall, local.layer_index
+    cell, late = local.cells.whole, local.table.late
+    if late is not None:
+        late.rows[cell.rows] = shards.rows(f"late.{index}", cell.node_id).to(late.rows)
     if recall is not None and recall.before is not None:
-        rows = shards.rows(f"earlier.{index}", local.cells.whole.node_id)
+        rows = shards.rows(f"earlier.{index}", cell.node_id)
         recall.before.copy_(rows)
         recall.slope = float(shards.tensor(f"slope.{index}"))
 

@@ -49,6 +49,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "history_momentum": 0.0,
             "predict": None,
             "max_drift": None,
+            "late_gradient": 0.0,
         },
     }
     values["model"] |= {"name": name} | ({"heads": 2} if name == "gat" else {})

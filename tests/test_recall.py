@@ -7,6 +7,7 @@ import pytest
 import torch
 from drawn import woven
 from one_process import (
+    gradients_of,
     losses,
     one_layer_model,
     pipeline,
@@ -31,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "predicted": {"predict": "linear"},
     "renewed": {"max_drift": 0.5},
     "antithetic": {"order": "antithetic"},
+    "late": {"late_gradient": 0.7},
     "all": {
         "keeps_dropout": False,
         "history_momentum": 0.2,
@@ -54,6 +56,8 @@ def test_one_chunk_equals_full_graph_with_every_option(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_numbers_are_bit_equal_for_every_cut_with_every_option(name: str, model: str) -> None:
     graph, found = woven(), []
+    if (name, model) == ("late", "gat"):
+        model = "gcn"  # gat gathers
     for virtual in (1, 2, 5):
         config = settings(model, dtype="float32", virtual_stages=virtual, **OPTIONS[name])
         run = pipeline(graph, config, striped(graph, 4))
@@ -200,6 +204,32 @@ def test_drift_beyond_the_bound_renews_and_drift_within_does_not(
         assert len(calls) == expected
 
 
+# --- last epoch's gradients
+
+
+@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "gcnii", "resgcn+"])
+def test_while_weights_stand_still_late_gradients_become_exact(name: str) -> None:
+    graph = woven(is_directed=True)
+    still: dict[str, Any] = {"lr": 1e-300, "dropout": 0.0, "num_layers": 3}
+    chunk_id, order = striped(graph, 4), {"cross_chunk_gradient": 1.0}
+    exact = pipeline(graph, settings(name, **still))
+    exact.train_epoch(1)
+    wanted = gradients_of(exact)
+    for factor in (1.0, 0.0):
+        options: dict[str, Any] = {"late_gradient": factor, **still, **order}
+        run = pipeline(graph, settings(name, **options), chunk_id)
+        losses(run, 5)
+        found = gradients_of(run)
+        # The last layer's are exact at once, and each epoch hands them one layer down.
+        gaps = [float((found[key] - wanted[key]).abs().max()) for key in wanted]
+        assert (max(gaps) < 1e-12) == (factor == 1.0)
+
+
+def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
+    with pytest.raises(UserError, match=r"`history.late_gradient` \(=0.5\) must be 0 for GATL"):
+        pipeline(woven(), settings("gat", late_gradient=0.5))
+
+
 # --- checkpoints, mistakes
 
 
@@ -210,6 +240,7 @@ def test_drift_beyond_the_bound_renews_and_drift_within_does_not(
 def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Path) -> None:
     write_ring(tmp_path)
     options = [*options, "history.momentum=0.3", "history.max_drift=1.0"]
+    options += ["history.late_gradient=0.5"]
     train_on(ring_run(tmp_path, tmp_path / "whole", *options))
     for epoch in (1, 4):
         run = ring_run(tmp_path, tmp_path / str(epoch), *options)
@@ -233,6 +264,7 @@ def test_memory_of_what_is_kept_is_counted() -> None:
     ("options", "message"),
     [
         (["history.momentum=1"], r"`history.momentum` \(=1.0\) must be at least 0 and below 1"),
+        (["history.late_gradient=2"], r"`history.late_gradient` \(=2.0\) must be between 0"),
         (["history.max_drift=-1"], r"`history.max_drift` \(=-1.0\) must be at least 0"),
         (
             ["history.predict=linear", "history.period=2"],

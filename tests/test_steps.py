@@ -141,6 +141,7 @@ KEPT = [
     "history.momentum=0.1",
     "history.predict=linear",
     "history.max_drift=0.2",
+    "history.late_gradient=0.5",
 ]
 
 
