@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +10,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from gnnpipe import environment
 from gnnpipe.comm import Groups
 from gnnpipe.errors import PeerError, UserError
+from gnnpipe.meeting import meet
 from gnnpipe.mesh import Mesh
 
 SETUP_TIMEOUT_S = 3600.0
@@ -206,7 +205,7 @@ def join(*, device: str, timeout_s: float) -> Iterator[World]:
     if environment.world_size() == 1:
         yield World(0, 1, device=chosen, store=None)
         return
-    store, rank, world_size = _meet(timedelta(seconds=timeout_s))
+    store, rank, world_size = meet(timedelta(seconds=timeout_s))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=store,
@@ -225,26 +224,6 @@ def _own_part(store: Store, rank: int) -> Store:
     """A part of the store for this run alone: a script may train several times."""
     run_index = store.add(f"gnnpipe/runs/{rank}", 1)
     return PrefixStore(f"gnnpipe/run-{run_index}", store)
-
-
-def _meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """Finds the store through the launcher's file, or as torchrun has it."""
-    _stay_on_loopback()
-    path = os.environ.get(environment.RENDEZVOUS_VARIABLE)
-    if path is None:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        return store, rank, world_size
-    rank, world_size = environment.rank(), environment.world_size()
-    store = FileStore(path, world_size)
-    store.set_timeout(timeout)
-    return store, rank, world_size
-
-
-def _stay_on_loopback() -> None:
-    """Keeps gloo off the network when all ranks are on this host."""
-    is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if is_one_host and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _device(name: str) -> torch.device:
