@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for runs and results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=NUM_RUNS)
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of runs; the others later")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start none after this time")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="run.timeout_s")
     parser.add_argument("--quick", action="store_true", help="one run of each kind of strike")
@@ -97,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = read_results(out / "results.jsonl")
     cases = [quick_case()] if options.quick else draw_cases(options.seed, options.runs)
     for case in cases:
-        if case.number in done or time.monotonic() > start_s + options.budget_s:
+        is_wanted = options.only is None or case.number in options.only
+        is_late = time.monotonic() > start_s + options.budget_s
+        if case.number in done or is_late or not is_wanted:
             continue
         done[case.number] = result = run_case(case, out, options.timeout_s)
         with (out / "results.jsonl").open("a", encoding="utf-8") as file:

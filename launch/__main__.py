@@ -46,13 +46,17 @@ def _run_ray(options: argparse.Namespace) -> int:
             f"`--cpus-per-rank` (={options.cpus_per_rank}) above 0"
         )
     config = load_config(*config_arguments(options.arguments))
+    fewest = options.min_ranks
+    if fewest is not None and not 1 <= fewest <= config.world_size:
+        raise UserError(
+            f"`--min-ranks` (={fewest}) must be at least 1 and at most `parallel.num_stages` x "
+            f"`parallel.num_ways` (={config.world_size})"
+        )
     preflight.check_inputs(config)
     preflight.check_writable(config.run.dir, "run.dir")
     from launch.cluster import Job, run_on_cluster
 
-    return run_on_cluster(
-        config, Job(options.address, options.max_restarts, options.cpus_per_rank)
-    )
+    return run_on_cluster(config, Job(options.address, options.max_restarts, cpus, fewest))
 
 
 def _run_local(options: argparse.Namespace) -> int:
@@ -166,6 +170,12 @@ def _add_ray(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--cpus-per-rank", type=float, metavar="N", help="CPUs to reserve (default: its threads)"
+    )
+    parser.add_argument(
+        "--min-ranks",
+        type=int,
+        metavar="N",
+        help="go on with so few ranks while hosts are missing (default: wait for all)",
     )
     parser.add_argument(
         "arguments",

@@ -10,6 +10,7 @@ import ray
 from gnnpipe.config import from_dict
 from gnnpipe.environment import RESTARTS_VARIABLE
 from gnnpipe.errors import UserError
+from gnnpipe.preflight import replanned
 from gnnpipe.run_directory import summary_text
 
 
@@ -71,6 +72,7 @@ def train_rank(job: Mapping[str, Any]) -> None:
     from gnnpipe.trainer import Trainer
 
     config, board = from_dict(job["config"]), job["board"]
+    config = replanned(config, int(os.environ.get("WORLD_SIZE", config.world_size)))
     if os.environ.get("RANK") == "0":
         os.environ[RESTARTS_VARIABLE] = str(ray.get(board.start.remote()))
         logger = logging.getLogger("gnnpipe")

@@ -28,9 +28,13 @@ NOTES_DIR = "ray"
 """Where Ray Train keeps its own notes, inside the run directory."""
 POLL_S = 0.3
 
+PLACEMENT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+ELASTIC_PLACEMENT_S = "15"
+"""How long an elastic job waits for the hosts that Ray has promised: one may just have gone."""
+
 SETTINGS = {
-    # Ray gives up on a placement after 30 s, and a busy host needs longer to start workers.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    # Ray gives up on a placement after a minute, and starts to wait again.
+    PLACEMENT_VARIABLE: "300",
     # Ray starts workers with niceness 15: beside anything else on the host they would starve.
     "RAY_worker_niceness": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -48,6 +52,8 @@ class Job(NamedTuple):
     """Restarts of all ranks after failures; a host that is taken away does not count."""
     cpus_per_rank: float | None
     """None: the threads of a rank."""
+    min_ranks: int | None = None
+    """Fewest ranks to go on with while hosts are missing; None waits for all."""
 
 
 def run_on_cluster(config: Config, job: Job) -> int:
@@ -69,20 +75,23 @@ def run_on_cluster(config: Config, job: Job) -> int:
     if config.device == "cuda":
         resources["GPU"] = 1.0
     variables = preflight.thread_variables(threads)
+    if job.min_ranks is not None:
+        os.environ.setdefault(PLACEMENT_VARIABLE, ELASTIC_PLACEMENT_S)
     with _connected(job.address, resources["CPU"] * config.world_size, variables) as is_ours:
         present = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        check_capacity(present, resources, config.world_size)
+        check_capacity(present, resources, job.min_ranks or config.world_size)
         board = _actor(Board)
-        options: Any = {  # Ray's annotations know the older version's.
+        options: dict[str, Any] = {  # Ray's annotations know the older version's.
             "name": NOTES_DIR,
             "storage_path": config.run.dir,
-            "failure_config": FailureConfig(max_failures=job.max_restarts),
+            "failure_config": failure_config(job.max_restarts),
             # Ray gives a rank one OMP thread, whatever the run wants.
             "worker_runtime_env": {} if is_ours else {"env_vars": variables},
         }
         run_config = RunConfig(**options)
         with _shown(board):
-            status = _fit(config, resources, run_config, board=board)
+            scaling = _scaling(config, resources, job.min_ranks)
+            status = _fit(config, scaling, run_config, board=board)
         if mistake := ray.get(board.mistake.remote()):
             raise UserError(mistake)
     return status
@@ -120,23 +129,51 @@ def check_capacity(
             )
 
 
+def placement(num_hosts: int, num_stages: int, num_ways: int) -> str:
+    """Ray's strategy that spreads the stages and keeps the ways of each on one host.
+
+    Ray numbers ranks host by host. Spread evenly, each host gets the next ranks; where these are
+    whole stages, that is what is wanted. Where they are not, packing splits the fewest stages::
+
+        2 hosts, S = 2, W = 2    SPREAD   host 0: stage 0, both ways   host 1: stage 1
+        2 hosts, S = 3, W = 2    PACK     host 0: stages 0, 1 ...      host 1: what is left
+
+    Args:
+        num_hosts: that the cluster has.
+        num_stages: pipeline ranks.
+        num_ways: ranks of each stage.
+    """
+    is_even = num_stages % num_hosts == 0 or (num_ways == 1 and num_hosts > num_stages)
+    return "SPREAD" if is_even else "PACK"
+
+
+def _scaling(config: Config, resources: dict[str, float], min_ranks: int | None) -> ScalingConfig:
+    parallel, nodes = config.parallel, ray.nodes()  # type: ignore[no-untyped-call]
+    num_hosts = sum(node["Alive"] for node in nodes)
+    options: dict[str, Any] = {
+        "num_workers": (min_ranks, config.world_size) if min_ranks else config.world_size,
+        "placement_strategy": placement(num_hosts, parallel.num_stages, parallel.num_ways),
+    }
+    return ScalingConfig(use_gpu="GPU" in resources, resources_per_worker=resources, **options)
+
+
+def failure_config(max_restarts: int) -> FailureConfig:
+    """Failures are counted; hosts that are taken away are not, however many."""
+    options: dict[str, Any] = {"max_failures": max_restarts, "max_preemption_failures": -1}
+    return FailureConfig(**options)
+
+
 def _actor(cls: Any) -> Any:  # Any: Ray makes up the types of actors
     return ray.remote(num_cpus=0)(cls).remote()
 
 
-def _fit(config: Config, resources: dict[str, float], run_config: RunConfig, *, board: Any) -> int:
+def _fit(config: Config, scaling: ScalingConfig, run_config: RunConfig, *, board: Any) -> int:
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"config": to_dict(config), "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=config.world_size,
-            use_gpu="GPU" in resources,
-            resources_per_worker=resources,
-            # Ray numbers ranks host by host, so the ways of a stage are neighbours.
-            placement_strategy="PACK",
-        ),
+        scaling_config=scaling,
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo",
+            backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo",
             timeout_s=int(max(1, config.run.timeout_s)),
         ),
         run_config=run_config,

@@ -1,5 +1,6 @@
 """The Ray launcher: what it settles before Ray starts, and one job from end to end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,25 +10,37 @@ from pathlib import Path
 import pytest
 from resuming import losses, ring_run, train_on, write_ring
 
-from gnnpipe.config import load_config
-from gnnpipe.environment import child_environment
+from gnnpipe.config import Config, load_config, to_dict
 from gnnpipe.errors import UserError
 from launch.__main__ import main
 
 TIMEOUT_S = 280
+ROOT = Path(__file__).resolve().parents[1]
+MOMENTS = ROOT / "benchmarks" / "moments"
 
 
-def test_a_job_has_the_losses_of_one_process_and_shows_its_progress(tmp_path: Path) -> None:
+def test_a_job_whose_worker_is_killed_goes_on_and_has_the_losses_of_one_process(
+    tmp_path: Path,
+) -> None:
     write_ring(tmp_path)
     train_on(ring_run(tmp_path, tmp_path / "whole"))
     relative = [
         word.replace(f"{tmp_path}/", "") for word in ring_run(tmp_path, tmp_path / "ray", LOG)
     ]
     command = [sys.executable, "-P", "-m", "launch", "ray", *relative, "parallel.num_stages=2"]
+    (tmp_path / "notes").mkdir()
+    strike = {"rank": 1, "places": ["Engine._backward"], "epoch": 6, "events": 9, "signal": 9}
+    plan = {
+        "notes": str(tmp_path / "notes"),
+        "metrics": str(tmp_path / "ray" / "metrics.jsonl"),
+        "strikes": [strike],
+    }
+    path = os.pathsep.join([str(ROOT), str(MOMENTS)])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GNNPIPE_CHAOS_PLAN": json.dumps(plan)}
     process = subprocess.Popen(
-        command,
+        [*command, "--max-restarts", "1"],
         cwd=tmp_path,
-        env=child_environment({"OMP_NUM_THREADS": "1"}),
+        env={**os.environ, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -40,6 +53,8 @@ def test_a_job_has_the_losses_of_one_process_and_shows_its_progress(tmp_path: Pa
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert process.returncode == 0, error
+    assert json.loads((tmp_path / "notes" / "strike-0.json").read_text())["epochs"] >= 3
+    assert "going on after epoch 3 with " in error
     assert losses(tmp_path / "ray") == losses(tmp_path / "whole")
     shown = [line for line in error.splitlines() if line.startswith("epoch ")]
     assert shown[-1].startswith("epoch 008 | loss ")
@@ -47,6 +62,66 @@ def test_a_job_has_the_losses_of_one_process_and_shows_its_progress(tmp_path: Pa
 
 
 LOG = "run.log_every=2"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "stages", "ways", "strategy"),
+    [
+        (1, 4, 2, "SPREAD"),
+        (2, 4, 1, "SPREAD"),
+        (2, 2, 2, "SPREAD"),
+        (2, 3, 2, "PACK"),
+        (4, 2, 2, "PACK"),
+        (4, 2, 1, "SPREAD"),
+    ],
+)
+def test_stages_are_spread_where_that_splits_none(
+    hosts: int, stages: int, ways: int, strategy: str
+) -> None:
+    from launch.cluster import placement
+
+    assert placement(hosts, stages, ways) == strategy
+
+
+def test_hosts_that_are_taken_away_are_counted_apart() -> None:
+    """Ray's own policy, with our settings: no failure is left, and yet the job goes on."""
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.execution.failure_handling import create_failure_policy
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from launch.cluster import failure_config
+
+    policy = create_failure_policy(failure_config(0))
+    taken = RayActorError()
+    taken._preempted = True
+    for _ in range(5):
+        assert policy.make_decision(WorkerGroupError("", {0: taken})).name == "RETRY"
+    failed = WorkerGroupError("", {0: RuntimeError("boom")})
+    assert policy.make_decision(failed).name == "RAISE"
+
+
+def test_a_job_on_fewer_ranks_is_planned_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import board
+
+    seen = []
+
+    class Fitted:
+        def __init__(self, config: Config) -> None:
+            seen.append(config)
+
+        def fit(self) -> None:
+            """Trains nothing."""
+
+    monkeypatch.setattr("gnnpipe.trainer.Trainer", Fitted)
+    planned = load_config(None, ["parallel.num_stages=2", "parallel.num_ways=2"])
+    for ranks in ("4", "3", "2"):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        board.train_rank({"config": to_dict(planned), "board": None})
+    shapes = [(config.parallel.num_stages, config.parallel.num_ways) for config in seen]
+    assert shapes == [(2, 2), (3, 1), (1, 2)]
 
 
 def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +170,7 @@ def test_only_ranks_that_failed_by_themselves_are_shown() -> None:
         ("ray", "arguments are required: CONFIG.yaml"),
         ("ray --max-restarts -2 seed=1", "`--max-restarts` (=-2) must be at least -1"),
         ("ray --cpus-per-rank 0 seed=1", "`--cpus-per-rank` (=0.0) above 0"),
+        ("ray --min-ranks 2 seed=1", "`--min-ranks` (=2) must be at least 1 and at most"),
         ("ray model.depth=3", "`model.depth` is not a known key"),
         ("ray data.name=x.npz", "`data.name` (=x.npz) must be a file"),
     ],
