@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from process_pool import ProcessPool
+from two_hosts import Link, joined
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,13 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """Two network namespaces that are joined."""
+    with joined() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

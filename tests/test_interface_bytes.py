@@ -9,69 +9,27 @@ the middle of a run: headers and acknowledgements come on top, setting up does n
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from combinations import both_ways, write_npz
+from two_hosts import Link, needs_namespaces
 
 from gnnpipe.environment import child_environment
 from gnnpipe.preflight import thread_variables
 
-pytestmark = [
-    pytest.mark.timeout(150),
-    pytest.mark.skipif(
-        sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None,
-        reason="network namespaces need Linux, root and iproute2",
-    ),
-]
+pytestmark = [pytest.mark.timeout(150), needs_namespaces]
 
 RANK = Path(__file__).with_name("interface_rank.py")
 NUM_NODES = 3000
 EPOCHS = 8
 FROM, TO = 2, 7
 """Ends of the epochs between which both counters are compared; the last epoch evaluates."""
-
-
-class Link(NamedTuple):
-    """Two namespaces with an interface each; entry r belongs to rank r."""
-
-    namespaces: tuple[str, str]
-    interfaces: tuple[str, str]
-    first_address: str
-
-
-@pytest.fixture
-def link() -> Iterator[Link]:
-    """Joins two new namespaces; they are gone afterwards, whatever happens."""
-    spaces = (f"gnnpipe-{os.getpid()}-0", f"gnnpipe-{os.getpid()}-1")
-    made = Link(spaces, ("gp0", "gp1"), "10.231.0.1")
-    with ExitStack() as stack:
-        for space in spaces:
-            try:
-                ip("netns", "add", space)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-            stack.callback(ip, "netns", "del", space)
-        near, far = made.interfaces
-        ends = ("peer", "name", far, "netns", spaces[1])
-        ip("link", "add", near, "netns", spaces[0], "type", "veth", *ends)
-        for rank, space in enumerate(spaces):
-            interface = made.interfaces[rank]
-            ip("-n", space, "addr", "add", f"10.231.0.{rank + 1}/24", "dev", interface)
-            ip("-n", space, "link", "set", interface, "up")
-            ip("-n", space, "link", "set", "lo", "up")
-        yield made
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
 
 
 def test_counted_bytes_equal_what_the_interface_carries(link: Link, tmp_path: Path) -> None:
@@ -121,7 +79,7 @@ def train_over(
                 "LOCAL_RANK": "0",
                 "WORLD_SIZE": "2",
                 "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": link.first_address,
+                "MASTER_ADDR": link.addresses[0],
                 "MASTER_PORT": "29700",
                 "GLOO_SOCKET_IFNAME": interface,
                 **thread_variables(1),
