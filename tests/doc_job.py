@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 
 def run_command(module: str, argv: list[str], directory: str, output: str) -> None:
@@ -33,7 +34,8 @@ def run_script(path: str, argv: list[str], directory: str, output: str) -> None:
 def _elsewhere(directory: Path, output: str) -> Iterator[list[int]]:
     """Another working directory, and files for what is printed; an error becomes status 1.
 
-    The streams are redirected below Python, so that handlers made before keep working.
+    Streams are redirected below Python, so that handlers made before keep working. TensorBoard's
+    files are not written: the process that does so costs seconds, and has tests of its own.
     """
     # Workers make errors of warnings; this one is torch_geometric's, on import.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
@@ -46,7 +48,8 @@ def _elsewhere(directory: Path, output: str) -> Iterator[list[int]]:
             with open(f"{prefix}.{name}", "wb") as file:
                 os.dup2(file.fileno(), number)
         try:
-            yield status
+            with mock.patch("gnnpipe.telemetry._Follower"):
+                yield status
         except BaseException as error:
             stops = isinstance(error, SystemExit) and isinstance(error.code, int)
             status.append(int(error.code) if stops else 1)  # type: ignore[attr-defined]

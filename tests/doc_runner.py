@@ -26,7 +26,7 @@ from gnnpipe.environment import child_environment
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("examples", "benchmarks", "launch", "setup.cfg")
 CONFIGURED = ("train", "reference", "plan")
-TIMEOUT_S = 120.0
+TIMEOUT_S = 200.0
 
 
 class Done(NamedTuple):

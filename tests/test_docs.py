@@ -1,16 +1,20 @@
 """The documentation is true: its blocks run, its site builds, its links lead somewhere."""
 
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from doc_blocks import Block, blocks_of, commands_outside_blocks
 from doc_runner import PageRunner
 from process_pool import ProcessPool
 
+from gnnpipe.arguments import parse
 from gnnpipe.environment import PARENT_VARIABLE, child_environment
 from gnnpipe.keys import all_keys
 from gnnpipe.preflight import thread_variables
@@ -27,6 +31,7 @@ SKIPPED = {
     "docs/quickstart.md": 1,  # make: installs
 }
 NUM_COMPLAINTS = 54
+TIMEOUT_S = 280  # A busy host needs ten times what a quiet one does.
 # What a browser would fetch by itself; links that a reader may follow are another matter.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=["']?(?:https?:)?//[^>]*>"""
@@ -88,7 +93,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=child_environment({"NO_MKDOCS_2_WARNING": "1"}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -157,7 +162,7 @@ def test_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -165,3 +170,24 @@ def test_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
     right = re.search(r"([\d.]+)% of the test digits are right", done.stdout)
     assert right is not None
     assert float(right[1]) > 80
+
+
+def site_pages() -> ModuleType:
+    """The hook of mkdocs, loaded as mkdocs loads it."""
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "dev/site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_help_text_has_examples_that_parse() -> None:
+    parsers = list(site_pages().all_parsers())
+    programs = {parser.prog: parser for parser in parsers}
+    for parser in parsers:
+        assert "example" in parser.format_help(), parser.prog
+        for line in re.findall(r"^  ((?:python|torchrun) .*)$", parser.epilog, re.M):
+            words = shlex.split(line.partition(" > ")[0])
+            start = words.index("-m")
+            parse(programs[f"python -m {words[start + 1]}"], words[start + 2 :])
