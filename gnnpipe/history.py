@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gnnpipe.cell import Cell, Exchange, Halves
 from gnnpipe.kernels import RowBlock, aggregate
-from gnnpipe.recall import Recall
+from gnnpipe.recall import LateGradients, Recall
 
 
 class Halo(Protocol):
