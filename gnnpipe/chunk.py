@@ -24,8 +24,8 @@ from scipy import sparse
 
 from gnnpipe import __version__, store
 from gnnpipe.errors import UserError
-from gnnpipe.graph import Features, Graph
-from gnnpipe.renumbering import Rows, renumbered, transposed
+from gnnpipe.graph import Graph
+from gnnpipe.renumbering import Rows, TakenRows, renumbered, transposed
 
 FORMAT = "gnnpipe-chunks"
 VERSION = 1
@@ -68,7 +68,7 @@ class ChunkedGraph:
     out_indices: NDArray[np.int32]  # [E]: targets; the very array `indices` when symmetric
     edge_weight: NDArray[np.float32] | None  # [E], in the order of `indices`
     out_edge_weight: NDArray[np.float32] | None  # [E], in the order of `out_indices`
-    features: Features  # [N, F], dense or CSR
+    features: Any  # [N, F]: dense, scipy's CSR, or TakenRows of a mapped table before saving
     labels: NDArray[Any]  # [N] or [N, T]
     train_mask: NDArray[np.bool_]  # [N]
     val_mask: NDArray[np.bool_]  # [N]
@@ -134,7 +134,7 @@ def cut(
         out_indices=out.indices,
         edge_weight=edge_weight,
         out_edge_weight=out_edge_weight,
-        features=graph.features[node_id],
+        features=_reordered(graph.features, node_id),
         labels=graph.labels[node_id],
         train_mask=graph.train_mask[node_id],
         val_mask=graph.val_mask[node_id],
@@ -162,7 +162,7 @@ def save(chunked: ChunkedGraph, directory: str | Path, *, overwrite: bool = Fals
     arrays = {
         field.name: getattr(chunked, field.name)
         for field in dataclasses.fields(chunked)
-        if isinstance(getattr(chunked, field.name), np.ndarray)
+        if isinstance(getattr(chunked, field.name), np.ndarray | TakenRows)
     }
     if chunked.out_indices is chunked.indices:
         for name in ("out_indptr", "out_indices", "out_edge_weight"):
@@ -237,6 +237,11 @@ def _checked_ids(
             "0 without gaps; number the chunks again"
         )
     return chunk_id.astype(np.int32), way_id.astype(np.int32)
+
+
+def _reordered(features: Any, node_id: NDArray[np.int64]) -> Any:
+    """Mapped features stay on disk: they need not fit into memory."""
+    return (TakenRows(features, node_id) if isinstance(features, np.memmap) else features[node_id])
 
 
 def _taken(values: NDArray[Any] | None, index: NDArray[np.int64]) -> NDArray[Any] | None:

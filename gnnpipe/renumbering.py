@@ -1,10 +1,13 @@
 """Edges under another numbering of the nodes, and edges the other way round, in linear time."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+
+BLOCK_BYTES = 2**24
 
 
 class Rows(NamedTuple):
@@ -17,6 +20,34 @@ class Rows(NamedTuple):
         """Whether both hold the same edges."""
         is_same_indptr = np.array_equal(self.indptr, other.indptr)
         return is_same_indptr and np.array_equal(self.indices, other.indices)
+
+
+class TakenRows:
+    """Rows of a memory-mapped table in another order, read when they are asked for.
+
+    It never copies the whole: indexing gives some rows, :meth:`blocks` all of them one after the
+    other.
+
+    Args:
+        table: ``[N, F]``, or only some rows of it are taken.
+        order: row of the table that becomes row i, ``[M]``.
+    """
+
+    def __init__(self, table: NDArray[Any], order: NDArray[np.int64]) -> None:
+        self._table, self._order = table, order
+        self.shape = (len(order), *table.shape[1:])
+        self.dtype = table.dtype
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:  # Any: whatever numpy takes
+        taken: NDArray[Any] = np.asarray(self._table[self._order[rows]])
+        return taken
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All rows, about 16 MiB at a time."""
+        row_bytes = max(1, int(np.prod(self.shape[1:])) * self.dtype.itemsize)
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, len(self._order), step):
+            yield self[start : start + step]
 
 
 def renumbered(rows: Rows, node_id: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:

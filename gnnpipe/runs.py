@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from scipy import sparse
@@ -117,7 +117,7 @@ class Run(Protocol):
 
 def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
     """Builds the configured model for a graph, without storage: shapes, but no memory."""
-    features = graph.features
+    features: Any = graph.features  # scipy ships no types
     row_entries = features.nnz / graph.num_nodes if sparse.issparse(features) else None
     return layers_between(config, graph.num_features, graph.num_classes, row_entries=row_entries)
 

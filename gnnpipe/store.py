@@ -12,14 +12,18 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from gnnpipe.errors import UserError
+from gnnpipe.renumbering import TakenRows
 
 MANIFEST = "manifest.json"
+
+Stored: TypeAlias = NDArray[Any] | TakenRows
 
 ALWAYS_HASHED_BYTES = 2**20
 """Array files up to this size are hashed on every load, larger ones when asked to."""
@@ -27,7 +31,7 @@ ALWAYS_HASHED_BYTES = 2**20
 
 def write(
     directory: str | Path,
-    arrays: Mapping[str, NDArray[Any]],
+    arrays: Mapping[str, Stored],
     header: Mapping[str, Any],
     *,
     overwrite: bool = False,
@@ -36,7 +40,7 @@ def write(
 
     Args:
         directory: new, empty, or holding exactly this content already.
-        arrays: name (the file's stem) to array.
+        arrays: name (the file's stem) to array, or to rows that are read as they are written.
         header: JSON-able facts; ``format`` and ``version`` among them.
         overwrite: replace another store of the same format; never a foreign directory.
 
@@ -116,14 +120,17 @@ def require_free(directory: str | Path, format_name: str) -> None:
 
 
 def _write_draft(
-    draft: Path, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]
+    draft: Path, arrays: Mapping[str, Stored], header: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fills the temporary directory and makes it durable."""
     entries = {}
     for name, array in arrays.items():
         path = draft / f"{name}.npy"
         with path.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+            if isinstance(array, TakenRows):
+                _write_blocks(file, array)
+            else:
+                np.save(file, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         entries[name] = {
@@ -141,6 +148,14 @@ def _write_draft(
         os.fsync(file.fileno())
     _sync_directory(draft)
     return manifest
+
+
+def _write_blocks(file: Any, rows: TakenRows) -> None:  # Any: a binary file
+    """What ``np.save`` writes, without the whole in memory."""
+    facts = {"descr": rows.dtype.str, "fortran_order": False, "shape": rows.shape}
+    npy_format.write_array_header_1_0(file, facts)
+    for block in rows.blocks():
+        file.write(np.ascontiguousarray(block).data)
 
 
 def _publish(draft: Path, target: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None:

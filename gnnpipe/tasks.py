@@ -49,7 +49,7 @@ class Task(ABC):
             values = values.masked_fill(values < 0, float("nan"))
         return values.to(like)
 
-    def start_step(self, epoch: int) -> None:
+    def start_step(self, epoch: int) -> None:  # noqa: B027  # most tasks have nothing to do
         """Called before the losses of a step."""
 
     @abstractmethod

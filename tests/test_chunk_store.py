@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 from drawn import cut, directed_weighted, graph_of, symmetric_square
 from scipy import sparse
 
-from gnnpipe import chunk, store
+from gnnpipe import chunk, renumbering, store
+from gnnpipe import graph as graph_module
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.errors import UserError
+from gnnpipe.graph import Graph
 
 
 @pytest.mark.parametrize("make", [symmetric_square, directed_weighted])
@@ -224,3 +228,39 @@ def test_link_to_an_empty_directory_is_followed(tmp_path: Path) -> None:
     chunk.save(symmetric_square(), tmp_path / "link")
     assert chunk.load(tmp_path / "real").num_nodes == 4
     assert (tmp_path / "link").is_symlink()
+
+
+def mapped_graph(folder: Path, num_nodes: int = 4000, channels: int = 256) -> Graph:
+    """A ring whose features, 4 MB, are a memory map."""
+    draw = np.random.default_rng(0)
+    np.save(folder / "x.npy", draw.random((num_nodes, channels), dtype=np.float32))
+    ring = [(i, (i + 1) % num_nodes) for i in range(num_nodes)]
+    features = np.load(folder / "x.npy", mmap_mode="r", allow_pickle=False)
+    return replace(graph_of(num_nodes, ring), features=features)
+
+
+def test_mapped_features_are_written_without_being_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renumbering, "BLOCK_BYTES", 2**17)
+    monkeypatch.setattr(graph_module, "BLOCK_VALUES", 2**14)  # of the fingerprint
+    graph = mapped_graph(tmp_path)
+    ids = np.arange(graph.num_nodes) * 7 % 5
+    options: dict[str, Any] = {"num_ways": 1, "method": "file", "seed": 0}
+    ways = np.zeros(graph.num_nodes, np.int64)
+    tracemalloc.start()
+    cut = chunk.cut(graph, ids, ways, **options)
+    chunk.save(cut, tmp_path / "mapped")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < graph.features.nbytes / 2
+    copied = chunk.cut(replace(graph, features=np.array(graph.features)), ids, ways, **options)
+    chunk.save(copied, tmp_path / "copied")
+    files = sorted(path.name for path in (tmp_path / "copied").iterdir())
+    for name in files:
+        assert (tmp_path / "mapped" / name).read_bytes() == (
+            tmp_path / "copied" / name
+        ).read_bytes()
+    rows = np.array([3, 0, 2])
+    assert np.array_equal(cut.features[rows], copied.features[rows])
+    assert cut.num_features == 256
