@@ -241,7 +241,7 @@ def _checked_ids(
 
 def _reordered(features: Any, node_id: NDArray[np.int64]) -> Any:
     """Mapped features stay on disk: they need not fit into memory."""
-    return (TakenRows(features, node_id) if isinstance(features, np.memmap) else features[node_id])
+    return TakenRows(features, node_id) if isinstance(features, np.memmap) else features[node_id]
 
 
 def _taken(values: NDArray[Any] | None, index: NDArray[np.int64]) -> NDArray[Any] | None:

@@ -34,7 +34,9 @@ from gnnpipe.sections import (
 )
 from gnnpipe.sources import merge, read_file, read_override
 
-PresetName = Literal["gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer", "dgmlp", "revgnn"]
+PresetName = Literal[
+    "gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer", "dgmlp", "revgnn"
+]
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "deepergcn": {

@@ -128,7 +128,6 @@ class Engine:
         """
         self._comm.flush()  # What the step before sent has left long ago.
         self._inputs.task.start_step(epoch)
-        self._inputs.task.start_step(epoch)
         num_steps = len(self._bounds) - 1
         for stage in self.stages.values():
             if step == 0:
