@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from chaos_report import read_results, report
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCHS = 80
+EPOCHS = 60
 EVERY = 5
 NUM_RUNS = 13
 LIMIT_S = 900.0
@@ -125,7 +125,7 @@ def draw_cases(seed: int, num_runs: int) -> list[Case]:
             strike(
                 "compute" if name == "send" and num_stages * num_ways == 1 else name,
                 rank=rng.randrange(num_stages * num_ways),
-                epoch=rng.randrange(1, 10),
+                epoch=rng.randrange(1, 7),
                 share=rng.random(),
             )
             for name in moments
