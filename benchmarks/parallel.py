@@ -38,7 +38,7 @@ from gnnpipe.planner import Planner, Setting, choose, settings
 from gnnpipe.planning import profile_of, shape_of
 from gnnpipe.reports import Reports
 from gnnpipe.runs import model_layers
-from gnnpipe.world import join, make_groups
+from gnnpipe.world import World, join, make_groups
 from partition import assign
 
 DATA = Path(os.environ.get("GNNPIPE_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
@@ -50,6 +50,8 @@ PUBLISHED_SHARE = 0.63
 WARM_UP, EPOCHS = 1, 3
 CHUNKS = 32
 LATENCY_US = 300.0
+CELL_S = 900.0
+"""Longest wait for all settings of a cell."""
 
 
 def main() -> None:
@@ -111,14 +113,13 @@ def run_cell(name: str, model: str, options: argparse.Namespace, results: Path) 
     line: dict[str, Any] = identity | {"mbit": mbit, "hidden": options.hidden}
     line["one_rank_s"] = planner.predict(Setting(1, 1, 1, 1)).epoch_s
     with tempfile.TemporaryDirectory() as folder:
+        figures: dict[Setting, dict[str, Any]] = {}
+        for size in {s.num_stages * s.num_ways for s in wanted.values()}:
+            own = {s for s in wanted.values() if s.num_stages * s.num_ways == size}
+            figures |= measure(config, graph, sorted(own), profile, mbit, Path(folder) / f"{size}")
         for label, setting in wanted.items():
-            same = next(
-                (line[o] for o in wanted if o in line and line[o]["setting"] == list(setting)),
-                None,
-            )
             predicted = planner.predict(setting)
-            measured = same or measure_setting(config, graph, setting, profile, mbit, Path(folder))
-            line[label] = measured | {
+            line[label] = figures[setting] | {
                 "setting": list(setting),
                 "predicted_s": predicted.epoch_s,
                 "predicted_bubble": predicted.bubble_fraction,
@@ -137,93 +138,107 @@ def balanced_mbit(graph: Graph, config: Config, profile: Profile, ranks: int) ->
     return rank_bytes * 8e-6 / comm_s
 
 
-def measure_setting(
-    config: Config, graph: Graph, setting: Setting, profile: Profile, mbit: float, folder: Path
-) -> dict[str, Any]:
-    """Emulates one setting in a process per rank; returns rank 0's figures."""
-    S, W, C, _ = setting
-    directory = folder / "-".join(map(str, setting))
-    ids = assign(graph.indptr, graph.indices, num_chunks=C, num_ways=W)
-    cut = chunk.cut(graph, *ids, num_ways=W, method="metis", seed=0)
-    chunk.save(cut, directory / "partition")
-    save_profile(profile, directory / "profile.json")
+def measure(
+    config: Config,
+    graph: Graph,
+    wanted: list[Setting],
+    profile: Profile,
+    mbit: float,
+    folder: Path,
+) -> dict[Setting, dict[str, Any]]:
+    """Emulates settings of one world size, in the same processes; rank 0's figures of each."""
+    folder.mkdir()
+    save_profile(profile, folder / "profile.json")
+    for number, setting in enumerate(wanted):
+        counts = {"num_chunks": setting.num_chunks, "num_ways": setting.num_ways}
+        ids = assign(graph.indptr, graph.indices, **counts)
+        cut = chunk.cut(graph, *ids, num_ways=setting.num_ways, method="metis", seed=0)
+        chunk.save(cut, folder / f"partition-{number}")
     case = {
         "overrides": [
             f"model.name={config.model.name}",
             f"model.num_layers={config.model.num_layers}",
             f"model.hidden_channels={config.model.hidden_channels}",
         ],
-        "setting": list(setting),
-        "directory": str(directory),
+        "settings": wanted,
+        "directory": str(folder),
     }
-    (directory / "case.json").write_text(json.dumps(case))
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--case",
-        str(directory / "case.json"),
-    ]
-    with shaped_links(S * W, mbit) as names:
+    path = folder / "case.json"
+    path.write_text(json.dumps(case))
+    command = [sys.executable, str(Path(__file__).resolve()), "--case", str(path)]
+    size = wanted[0].num_stages * wanted[0].num_ways
+    with shaped_links(size, mbit) as names:
         children = [
-            subprocess.Popen(inside(name, command), env=_environment(rank, S * W, directory))
+            subprocess.Popen(inside(name, command), env=_environment(rank, size, folder))
             for rank, name in enumerate(names)
         ]
         try:
-            statuses = [child.wait(timeout=400) for child in children]
+            statuses = [child.wait(timeout=CELL_S) for child in children]
         finally:
             for child in children:
                 child.kill()
     assert not any(statuses), statuses
-    figures: dict[str, Any] = json.loads((directory / "figures.json").read_text())
-    return figures
+    found = json.loads((folder / "figures.json").read_text())
+    return dict(zip(wanted, found, strict=True))
 
 
 def run_rank(path: Path) -> None:
-    """One rank of an emulated setting."""
+    """One rank of the emulated settings, one after the other."""
     case = json.loads(path.read_text())
-    S, W, C, v = case["setting"]
-    directory = Path(case["directory"])
+    folder = Path(case["directory"])
     torch.set_num_threads(1)
     config = load_config(None, case["overrides"])
+    profile = load_profile(folder / "profile.json")
     with join(device="cpu", timeout_s=200.0) as world:
-        chunked = chunk.load(directory / "partition")
-        layers = model_layers(config, chunked)
-        like = torch.empty(0)
-        mesh = Mesh(S, W)
-        comm = Comm(
-            mesh, world.rank, groups=make_groups(mesh, world.device), like=like, timeout_s=200.0
-        )
-        bounds = stage_bounds(layers, chunked, num_stages=S * v, sizes=None)
-        plan = Plan(seed=0, bounds=bounds, virtual_stages=v, period=1, cross_chunk_gradient=1.0)
-        engine = build_engine(chunked, layers, plan=plan, comm=comm, like=like)
-        shape = Shape(load_profile(directory / "profile.json"), len(layers))
-        for index, stage in engine.stages.items():
-            engine.stages[index] = SleptStage(stage, comm, shape)  # type: ignore[assignment]
-        reports = Reports(comm)
-        epochs = []
-        for epoch in range(1, WARM_UP + EPOCHS + 1):
-            comm.sum_over_ranks(torch.zeros(1))
-            comm.wait_s.clear()
-            comm.sent_bytes.clear()
-            comm.recorder.start()
-            start_s = time.perf_counter()
-            engine.train_step(epoch, list(range(C)))
-            epoch_s = time.perf_counter() - start_s
-            reports.take(comm.recorder.stop())
-            sent = sum(comm.sent_bytes[kind] for kind in KINDS)
-            own = [epoch_s, epoch_s - sum(comm.wait_s.values()), sent]
-            parts = reports.send(torch.tensor(own, dtype=torch.float64))
-            if parts and epoch > WARM_UP:
-                lasted, computed, bytes_sent = torch.stack(parts).T.tolist()
-                shares = time_shares(lasted, computed, reports.trace.transfer_s())
-                epochs.append({"epoch_s": max(lasted), "sent_bytes": sum(bytes_sent), **shares})
-        comm.flush()
-        reports.flush()
-        comm.sum_over_ranks(torch.zeros(1))
+        found = [
+            emulate(config, Setting(*each), profile, folder / f"partition-{number}", world)
+            for number, each in enumerate(case["settings"])
+        ]
     if world.rank == 0:
-        middle = sorted(epochs, key=lambda e: e["epoch_s"])[len(epochs) // 2]
-        spread = [e["epoch_s"] for e in epochs]
-        (directory / "figures.json").write_text(json.dumps(middle | {"all_s": spread}))
+        (folder / "figures.json").write_text(json.dumps(found))
+
+
+def emulate(
+    config: Config, setting: Setting, profile: Profile, partition: Path, world: World
+) -> dict[str, Any]:
+    """Some epochs of one setting; the middle one's figures on rank 0."""
+    S, W, C, v = setting
+    chunked = chunk.load(partition)
+    layers = model_layers(config, chunked)
+    like, mesh = torch.empty(0), Mesh(S, W)
+    groups = make_groups(mesh, world.device)
+    comm = Comm(mesh, world.rank, groups=groups, like=like, timeout_s=200.0)
+    bounds = stage_bounds(layers, chunked, num_stages=S * v, sizes=None)
+    plan = Plan(seed=0, bounds=bounds, virtual_stages=v, period=1, cross_chunk_gradient=1.0)
+    engine = build_engine(chunked, layers, plan=plan, comm=comm, like=like)
+    shape = Shape(profile, len(layers))
+    for index, stage in engine.stages.items():
+        engine.stages[index] = SleptStage(stage, comm, shape)  # type: ignore[assignment]
+    reports = Reports(comm)
+    epochs = []
+    for epoch in range(1, WARM_UP + EPOCHS + 1):
+        comm.sum_over_ranks(torch.zeros(1))
+        comm.wait_s.clear()
+        comm.sent_bytes.clear()
+        comm.recorder.start()
+        start_s = time.perf_counter()
+        engine.train_step(epoch, list(range(C)))
+        epoch_s = time.perf_counter() - start_s
+        reports.take(comm.recorder.stop())
+        sent = sum(comm.sent_bytes[kind] for kind in KINDS)
+        own = [epoch_s, epoch_s - sum(comm.wait_s.values()), sent]
+        parts = reports.send(torch.tensor(own, dtype=torch.float64))
+        if parts and epoch > WARM_UP:
+            lasted, computed, bytes_sent = torch.stack(parts).T.tolist()
+            shares = time_shares(lasted, computed, reports.trace.transfer_s())
+            epochs.append({"epoch_s": max(lasted), "sent_bytes": sum(bytes_sent), **shares})
+    comm.flush()
+    reports.flush()
+    comm.sum_over_ranks(torch.zeros(1))
+    if not epochs:
+        return {}
+    middle = sorted(epochs, key=lambda each: each["epoch_s"])[len(epochs) // 2]
+    return middle | {"all_s": [each["epoch_s"] for each in epochs]}
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -49,9 +49,16 @@ class SleptStage:
     def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Nothing to prepare."""
 
-    def end_epoch(self) -> None:
+    def start_step(self) -> None:
+        """Nothing to forget."""
+
+    def end_step(self, *, has_backward: bool = True) -> None:
         """Sleeps what is left."""
+        assert has_backward
         self._settle()
+
+    def end_epoch(self) -> None:
+        """Nothing to keep."""
 
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
         """Sleeps and trades halos; returns zeros of the right shape."""
