@@ -51,6 +51,8 @@ def runs(pool: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stages": [*common, "parallel.num_stages=4"],
         "ways": [*common, "parallel.num_stages=2", "parallel.num_ways=2"],
         "gat": [*common, "model.name=gat", "parallel.num_stages=2"],
+        "link": [*common, "task.kind=link", "parallel.num_stages=2"],
+        "link-one": [*common, "task.kind=link"],
     }
     train_all(pool, folder, table)
     return folder
@@ -73,6 +75,13 @@ def test_evaluation_repeats_the_figures_of_the_run(name: str, weights: str, runs
     result = evaluate_run(str(runs / name), weights=weights)
     record = read_metrics(runs / name / "metrics.jsonl")[epoch - 1]
     assert result == {"weights": weights, "epoch": epoch, "accuracy": record["accuracy"]}
+
+
+def test_link_prediction_does_not_depend_on_the_processes(runs: Path) -> None:
+    one, two = (read_metrics(runs / name / "metrics.jsonl") for name in ("link-one", "link"))
+    assert [r["loss"] for r in one] == [r["loss"] for r in two]
+    assert one[-1]["accuracy"] == two[-1]["accuracy"]
+    assert evaluate_run(str(runs / "link"), weights="last")["accuracy"] == two[-1]["accuracy"]
 
 
 @pytest.mark.usefixtures("_command")
