@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from resuming import losses, ring_run, train_on, write_ring
 from two_hosts import Link, needs_namespaces
 
@@ -92,6 +93,15 @@ def test_a_ray_job_runs_our_launcher_on_the_cluster(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     words = "job submit --address http://head:8265 -- python -m launch ray --address auto c.yaml"
     assert done.stdout.split() == [*words.split(), "seed=1"]
+
+
+def test_ray_accepts_the_cluster_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((EXAMPLES / "cluster.yaml").read_text())
+    validate_config(prepare_config(cluster))
+    with pytest.raises(Exception, match="hed_start_ray_commands"):
+        validate_config(prepare_config({**cluster, "hed_start_ray_commands": []}))
 
 
 @pytest.mark.parametrize("script", ["ray_job.sh", "multi_host.sh"])
