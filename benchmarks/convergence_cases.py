@@ -1,0 +1,53 @@
+"""What a convergence study compares: variants of the method, graphs and models."""
+
+from collections.abc import Mapping
+
+PUBLISHED = {"period": 23, "warm_start": "zeros", "order": "shuffled", "cross_chunk_gradient": 2.0}
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "exact": {},
+    "default": {},
+    "published": {"history": PUBLISHED, "partition": {"method": "metis-grouped"}},
+    # Each of the published techniques taken away, and each alone.
+    "published, fixed order": {"history": {**PUBLISHED, "order": "fixed"}},
+    "published, period 1": {"history": {**PUBLISHED, "period": 1}},
+    "published, factor 1": {"history": {**PUBLISHED, "cross_chunk_gradient": 1.0}},
+    "published, exact start": {"history": {**PUBLISHED, "warm_start": "exact"}},
+    "fixed order": {"history": {"order": "fixed"}},
+    "factor 0": {"history": {"cross_chunk_gradient": 0.0}},
+    "factor 2": {"history": {"cross_chunk_gradient": 2.0}},
+    "zero start": {"history": {"warm_start": "zeros"}},
+    "period 5": {"history": {"period": 5}},
+    "period 23": {"history": {"period": 23}},
+    "antithetic": {"history": {"order": "antithetic"}},
+    "steps 2": {"training": {"steps_per_epoch": 2}},
+    "steps 4": {"training": {"steps_per_epoch": 4}},
+    "steps 8": {"training": {"steps_per_epoch": 8}},
+    "dropout false": {"history": {"dropout": False}},
+    "momentum 0.5": {"history": {"dropout": False, "momentum": 0.5}},
+    "late gradient 0.5": {"history": {"late_gradient": 0.5}},
+    "late gradient 1": {"history": {"late_gradient": 1.0}},
+    "dropout false, late gradient 1": {"history": {"dropout": False, "late_gradient": 1.0}},
+    # Ideas that no option has: kept before the dropout and read without a mask.
+    "clean": {"idea": {"store": "clean"}},
+    "clean, predict 0.5": {"idea": {"store": "clean", "predict": 0.5}},
+}
+
+GRAPHS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "cora": {"data": {"row_normalize": True}, "training": {"epochs": 200}},
+    "pubmed": {"training": {"epochs": 100}},
+    "chameleon": {"training": {"epochs": 100}},
+    "citeseer": {"data": {"row_normalize": True}, "training": {"epochs": 100}},
+    "squirrel": {"training": {"epochs": 200}},
+    "amazon_computers": {"training": {"epochs": 100}},
+    "facebook_pages": {"training": {"epochs": 100}},
+    "coauthor_physics": {"training": {"epochs": 60}},
+    "ogbn_arxiv": {"data": {"features": "surrogate"}, "training": {"epochs": 60}},
+}
+"""What a graph needs besides its name; the same for all variants."""
+
+MODELS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "gcnii": {"training": {"lr": 0.01, "weight_decay": 5e-4}, "model": {"dropout": 0.5}},
+    "resgcn+": {"training": {"lr": 1e-3, "weight_decay": 0.0}, "model": {"dropout": 0.5}},
+    "gcn": {"training": {"lr": 5e-3, "weight_decay": 0.0}, "model": {"dropout": 0.0}},
+}
+"""Hyperparameters of a model, the same for all variants; other models take the defaults."""

@@ -1,0 +1,289 @@
+"""The method layer by layer instead of chunk by chunk: the same numbers, whatever C costs.
+
+A row of layer l depends on rows of layer l - 1 in its own chunk and in earlier ones, and on
+history. So all chunks of a layer can be computed at once, with the edges split by whether the
+source's chunk comes later in the epoch's order (historical) or not (fresh). An epoch then costs
+what full-graph training costs, which makes studies with many chunks and seeds affordable;
+``tests/test_layerwise.py`` holds the losses to the pipeline's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnnpipe import chunk
+from gnnpipe.config import Config, from_dict, to_dict
+from gnnpipe.counter import stream_key
+from gnnpipe.graph import Graph
+from gnnpipe.kernels import RowBlock, aggregate
+from gnnpipe.kernels.dropout import dropout_rows
+from gnnpipe.order import chunk_order
+from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.world import World
+
+
+class Idea(NamedTuple):
+    """How histories are kept: the options of a run, and what a study adds to them."""
+
+    store: str = "dropped"
+    """What is kept: dropped, as handed to aggregate; clean, before its dropout; redrawn, clean
+    and dropped with the reading epoch's mask."""
+    momentum: float = 0.0
+    """Share of the old history in the new one."""
+    predict: float = 0.0
+    """Step from the last two values: h1 + predict (h1 - h0)."""
+    gradient: float = 0.0
+    """Factor of last epoch's gradient along edges that were read historical."""
+
+
+def idea_of(config: Config, more: Mapping[str, Any] | None = None) -> Idea:
+    """What a configuration says, and more."""
+    history = config.history
+    store = "dropped" if history.dropout else "redrawn"
+    return Idea(store, history.momentum, 0.0, history.late_gradient)._replace(**(more or {}))
+
+
+class _Split(NamedTuple):
+    """One epoch's edges of one operator."""
+
+    fresh: RowBlock
+    stale: RowBlock
+    back: RowBlock
+    """Transposed: readers of fresh rows."""
+    missing: RowBlock
+    """Transposed: readers of historical rows."""
+
+
+class Layerwise:
+    """A run without chunks that computes what a pipeline over ``chunk_id`` computes.
+
+    Args:
+        config: the run.
+        graph: undirected.
+        chunk_id: of each node, ``[N]``.
+        idea: how histories are kept; None as the configuration says.
+    """
+
+    def __init__(
+        self, config: Config, graph: Graph, chunk_id: Sequence[int], *, idea: Idea | None = None
+    ) -> None:
+        self.config, self.idea = config, idea or idea_of(config)
+        self._chunk_id = torch.as_tensor(np.asarray(chunk_id), dtype=torch.int64)
+        self._num_chunks = int(self._chunk_id.max()) + 1
+        self.run = whole_run(config, graph)
+        self.tables: dict[int, Memory] = {}
+        self._splits: dict[str, _Split] = {}
+        self._epoch = 0
+        for stage in self.run.engine.stages.values():
+            for local in stage.layers:
+                if local.table is not None:
+                    memory = Memory(local.table.values, config, self.idea)
+                    memory.layer_index = local.layer_index
+                    self.tables[id(local.table)] = memory
+            stage._reader = self._reader  # type: ignore[method-assign]
+        self._operator = {
+            id(local.table): (local.layer.operator, local.cells.chunks[0])
+            for stage in self.run.engine.stages.values()
+            for local in stage.layers
+            if local.table is not None
+        }
+        if config.history.warm_start == "exact":
+            self._is_warming = True
+            self.run.engine.infer()
+        self._is_warming = False
+
+    def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
+        """One epoch of the pipeline."""
+        config = self.config
+        order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
+        position = torch.empty(self._num_chunks, dtype=torch.int64)
+        position[order] = torch.arange(self._num_chunks)
+        place = position[self._chunk_id]
+        self._splits = {
+            operator: split(cell, place, config.history.cross_chunk_gradient)
+            for operator, cell in self._operator.values()
+        }
+        self._epoch = epoch
+        for memory in self.tables.values():
+            memory.start_epoch(epoch)
+        self.is_training = True
+        loss = self.run.train_epoch(epoch)
+        self.is_training = False
+        for memory in self.tables.values():
+            memory.end_epoch(epoch)
+        return loss
+
+    is_training = False
+
+    def staleness(self) -> list[float]:
+        """Relative drift of each layer in the last epoch."""
+        return [memory.drift for memory in self.tables.values()]
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Exact."""
+        return self.run.evaluate()
+
+    def _reader(self, table: Any, cell: Any) -> Any:
+        if table is None:
+            return None
+        known = id(table)
+        if known not in self.tables:  # of an evaluation; in the order of layers
+            return _Plain(cell, self._next_memory() if self._is_warming else None)
+        operator, cell = self._operator[known]
+        return _Masked(self.tables[known], cell, self._splits[operator], self._epoch)
+
+    _is_warming = False
+
+    def _next_memory(self) -> "Memory":
+        return next(memory for memory in self.tables.values() if not memory.is_warm)
+
+
+def whole_run(config: Config, graph: Graph) -> PipelineRun:
+    """Full-graph training of a configured model, in node order."""
+    zeros = np.zeros(graph.num_nodes, np.int64)
+    whole = chunk.cut(graph, zeros, zeros, num_ways=1, method="file", seed=0)
+    values = to_dict(config)
+    values["partition"] |= {"num_chunks": 1, "path": None, "method": "contiguous"}
+    values["history"] = {"warm_start": "zeros"}
+    world = World(0, 1, device=torch.device("cpu"), store=None)
+    return PipelineRun(from_dict(values), whole, world=world, layers=model_layers(config, whole))
+
+
+class Memory:
+    """One layer's histories."""
+
+    def __init__(self, like: Tensor, config: Config, idea: Idea) -> None:
+        self.idea = idea
+        self.period = config.history.period
+        self.seed, self.dropout, self.layer_index = config.seed, config.model.dropout, 0
+        self.history = torch.zeros_like(like)
+        self.before: Tensor | None = None
+        self.read = self.history
+        self.fresh: Tensor | None = None
+        self.clean: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.is_warm = False
+        self.drift = 0.0
+
+    def warm(self, x: Tensor) -> None:
+        """The first history."""
+        self.history = x.clone()
+        self.is_warm = True
+
+    def start_epoch(self, epoch: int) -> None:
+        """What the epoch will read."""
+        self.read = self.history
+        if self.idea.predict and self.before is not None:
+            self.read = self.history + self.idea.predict * (self.history - self.before)
+
+    def end_epoch(self, epoch: int) -> None:
+        """What the next will."""
+        assert self.fresh is not None
+        gap = (self.fresh - self.shown).norm() / self.fresh.norm().clamp(min=1e-30)
+        self.drift = float(gap)
+        if epoch % self.period:
+            return
+        new = self.fresh if self.idea.store == "dropped" or self.clean is None else self.clean
+        keep = self.idea.momentum
+        self.before = self.history
+        self.history = new if not keep else keep * self.history + (1.0 - keep) * new
+
+    shown = torch.empty(0)
+
+
+class _Plain:
+    """Exact rows; leaves them as first history."""
+
+    def __init__(self, cell: Any, memory: Memory | None) -> None:
+        self.cell, self.memory = cell, memory
+
+    def own_rows(self, x: Tensor) -> None:
+        return None
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        if self.memory is not None:
+            self.memory.warm(x.detach())
+        return aggregate(self.cell.forward, x.contiguous())
+
+
+class _Masked:
+    """Reads the mix."""
+
+    def __init__(self, memory: Memory, cell: Any, parts: _Split, epoch: int) -> None:
+        self.memory, self.cell, self.parts = memory, cell, parts
+        self.memory.clean = None
+        self.epoch = epoch
+
+    def keep(self, x: Tensor) -> None:
+        self.memory.clean = x.detach().clone()
+
+    def own_rows(self, x: Tensor) -> None:
+        return None
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        memory = self.memory
+        shown = memory.read
+        if memory.idea.store == "redrawn" and memory.dropout:
+            key = stream_key(memory.seed, self.epoch, memory.layer_index, 0)
+            shown = dropout_rows(shown, self.cell.node_id, p=memory.dropout, key=key)
+        memory.shown, memory.fresh = shown, x.detach()
+        out: Tensor = _Mix.apply(x, shown, self)
+        return out
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shown: Tensor, reader: _Masked) -> Tensor:
+        ctx.reader = reader
+        parts = reader.parts
+        out = aggregate(parts.fresh, x.detach().contiguous())
+        return out + aggregate(parts.stale, shown)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        reader: _Masked = ctx.reader
+        memory, parts = reader.memory, reader.parts
+        gradient = grads[0].contiguous()
+        dx = aggregate(parts.back, gradient)
+        if memory.idea.gradient:
+            if memory.gradient is not None:
+                dx += memory.idea.gradient * aggregate(parts.missing, memory.gradient)
+            memory.gradient = gradient.clone()
+        return dx, None, None
+
+
+def split(cell: Any, place: Tensor, factor: float) -> _Split:
+    """The cell's edges by whether their source is fresh to their target."""
+    forward, backward = cell.forward, cell.backward
+    place = place[cell.node_id]
+    target = torch.arange(forward.num_rows).repeat_interleave(forward.indptr.diff())
+    source = forward.indices.long()
+    is_fresh = place[source] <= place[target]
+    node = torch.arange(backward.num_rows).repeat_interleave(backward.indptr.diff())
+    reader = backward.indices.long()
+    was_fresh = place[node] <= place[reader]
+    crossing = torch.where(place[node] == place[reader], 1.0, factor)
+    return _Split(
+        _some(forward, is_fresh),
+        _some(forward, ~is_fresh),
+        _some(backward, was_fresh, crossing),
+        _some(backward, ~was_fresh),
+    )
+
+
+def _some(block: RowBlock, mask: Tensor, factor: Tensor | None = None) -> RowBlock:
+    count = torch.cat((torch.zeros(1, dtype=torch.int64), mask.cumsum(0)))
+    weight = block.weight
+    if factor is not None:
+        factor = factor.to(block.row_scale if block.row_scale is not None else block.col_scale)
+        weight = factor if weight is None else weight * factor
+    return RowBlock(
+        count[block.indptr].contiguous(),
+        block.indices[mask].contiguous(),
+        weight=None if weight is None else weight[mask].contiguous(),
+        row_scale=block.row_scale,
+        col_scale=block.col_scale,
+    )

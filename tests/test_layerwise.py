@@ -1,0 +1,39 @@
+"""The study's shortcut, layer by layer, computes what the pipeline computes chunk by chunk."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn import woven
+from one_process import losses, pipeline, settings, striped
+
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"cross_chunk_gradient": 1.0},
+    "published": {"period": 3, "warm_start": "zeros"},
+    "antithetic": {"order": "antithetic"},
+    "clean": {"keeps_dropout": False},
+    "smoothed": {"history_momentum": 0.4},
+    "late": {"late_gradient": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [*((case, "gcnii") for case in CASES), ("late", "gcn"), ("clean", "resgcn+")]
+)
+def test_layer_by_layer_equals_chunk_by_chunk(
+    case: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    layerwise = importlib.import_module("layerwise")
+    graph = woven(is_directed=True)
+    config, chunk_id = settings(name, **CASES[case]), striped(graph, 4)
+    study = layerwise.Layerwise(config, graph, chunk_id)
+    found = [study.train_epoch(epoch) for epoch in range(1, 8)]
+    run = pipeline(graph, config, chunk_id)
+    assert found == pytest.approx(losses(run, 7), rel=0, abs=1e-12)
+    assert study.evaluate() == run.evaluate()
+    sys.modules.pop("layerwise")
