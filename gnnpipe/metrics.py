@@ -84,6 +84,7 @@ class Tally:
         self.best: Best | None = None
         self._last: EpochRecord | None = None
         self._epoch_s: list[float] = []
+        self._bubbles: list[float] = []
         self._peak_bytes: list[int] = []
 
     def add(self, record: EpochRecord) -> None:
@@ -91,6 +92,7 @@ class Tally:
         assert record.epoch == len(self._epoch_s) + 1, f"epoch {record.epoch} is out of turn"
         self._last = record
         self._epoch_s.append(record.epoch_s)
+        self._bubbles.append(record.bubble_fraction)
         earlier = self._peak_bytes or [0] * len(record.peak_memory_bytes)
         self._peak_bytes = list(map(max, earlier, record.peak_memory_bytes))
         val = (record.accuracy or {}).get("val")
@@ -101,6 +103,7 @@ class Tally:
     def figures(self) -> dict[str, Any]:
         """The derived figures; those that nothing is known about are ``None``."""
         steady_s = self._epoch_s[NUM_WARM_UP_EPOCHS:] or self._epoch_s
+        bubbles = self._bubbles[NUM_WARM_UP_EPOCHS:] or self._bubbles
         comm_bytes = self._last.comm_bytes if self._last else {}
         return {
             "epochs": len(self._epoch_s),
@@ -108,6 +111,7 @@ class Tally:
             "val_at_best": self.best.val if self.best else None,
             "test_at_best": self.best.test if self.best else None,
             "median_epoch_s": statistics.median(steady_s) if steady_s else None,
+            "median_bubble_fraction": statistics.median(bubbles) if bubbles else None,
             # Of the last epoch. Evaluations do not happen every epoch.
             "comm_bytes_per_epoch": {k: n for k, n in comm_bytes.items() if k != "evaluation"},
             "peak_memory_bytes": {

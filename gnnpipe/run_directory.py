@@ -42,6 +42,8 @@ FREE_FIELDS = (
     "run.",
 )
 PATH_FIELDS = ("data.name", "partition.file")
+LARGE_BUBBLE = 0.25
+"""Share of waiting from which another plan is worth a try."""
 WAY_OUT = "choose another run.dir or delete it"
 
 
@@ -156,8 +158,13 @@ def summary_text(summary: Mapping[str, Any], directory: str | Path) -> str:
         f"files  {directory}: {', '.join(_contents(directory))}",
     ]
     place = shlex.quote(str(directory))
+    bubble, ranks = summary.get("median_bubble_fraction") or 0.0, summary["world_size"]
+    if ranks > 1 and bubble > LARGE_BUBBLE:
+        plan = f"python -m gnnpipe plan {place}/{CONFIG_FILE} --ranks {ranks}"
+        lines.append(f"next   {plan}   (ranks wait {bubble:.0%} of the time)")
     if (directory / TENSORBOARD_DIR).exists():
         lines.append(f"next   tensorboard --logdir {place}")
+    lines.append(f"next   python -m gnnpipe report {place}")
     lines.append(f"next   python -m gnnpipe evaluate {place}")
     return "\n".join(lines)
 
@@ -219,7 +226,7 @@ def _sent(comm_bytes: Mapping[str, int]) -> str:
 
 
 def _contents(directory: Path) -> list[str]:
-    names = (*RUN_MARKS, TENSORBOARD_DIR)
+    names = (*RUN_MARKS, CHECKPOINTS_DIR, TENSORBOARD_DIR, TRACE_FILE)
     return [
         name + "/" * (directory / name).is_dir() for name in names if (directory / name).exists()
     ]

@@ -135,13 +135,17 @@ def test_the_summary_text_says_where_everything_is(tmp_path: Path) -> None:
     directory = tmp_path / "my run"
     finished_run(directory)
     (directory / "tensorboard").mkdir()
-    assert summary_text(SUMMARY, directory).splitlines() == [
+    waiting = {**SUMMARY, "median_bubble_fraction": 0.4}
+    assert summary_text(waiting, directory).splitlines() == [
         "best   epoch 1: val 0.7000, test 0.6900",
         "time   41.2 s, 182 ms/epoch (median)",
         "size   1,234 parameters on 2 rank(s), 200.0 MB at most on one",
         "sent   boundary 1,250.0 MB, carried 0.5 MB per epoch",
         f"files  {directory}: config.yaml, metrics.jsonl, summary.json, tensorboard/",
+        f"next   python -m gnnpipe plan '{directory}'/config.yaml --ranks 2"
+        "   (ranks wait 40% of the time)",
         f"next   tensorboard --logdir '{directory}'",
+        f"next   python -m gnnpipe report '{directory}'",
         f"next   python -m gnnpipe evaluate '{directory}'",
     ]
 
@@ -152,7 +156,7 @@ def test_the_summary_text_of_a_run_without_evaluations_or_messages(tmp_path: Pat
     assert lines[0] == "best   unknown: no epoch has a validation figure"
     assert lines[1].endswith("s, - ms/epoch (median)")
     assert lines[3] == "sent   nothing: one rank"
-    assert not any("tensorboard" in line for line in lines)
+    assert not any("tensorboard" in line or "plan" in line for line in lines)
 
 
 def test_a_failed_write_keeps_the_old_file(

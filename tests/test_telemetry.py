@@ -183,6 +183,7 @@ def test_the_summary_holds_what_was_derived_and_what_was_given(tmp_path: Path) -
         "val_at_best": 0.8,
         "test_at_best": 0.8 - 0.01,
         "median_epoch_s": 7.0,
+        "median_bubble_fraction": 0.19,
         "comm_bytes_per_epoch": {"boundary": 1000, "carried": 500, "halo": 0, "gradient": 0},
         "peak_memory_bytes": {"max": 299, "per_rank": [8, 299]},
         "wall_s": summary["wall_s"],
