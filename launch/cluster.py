@@ -9,9 +9,9 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -77,7 +77,8 @@ def run_on_cluster(config: Config, job: Job) -> int:
     variables = preflight.thread_variables(threads)
     if job.min_ranks is not None:
         os.environ.setdefault(PLACEMENT_VARIABLE, ELASTIC_PLACEMENT_S)
-    with _connected(job.address, resources["CPU"] * config.world_size, variables) as is_ours:
+    out, num_cpus = sys.stdout, resources["CPU"] * config.world_size
+    with _without_noise(), _connected(job.address, num_cpus, variables) as is_ours:
         present = ray.cluster_resources()  # type: ignore[no-untyped-call]
         check_capacity(present, resources, job.min_ranks or config.world_size)
         board = _actor(Board)
@@ -89,7 +90,7 @@ def run_on_cluster(config: Config, job: Job) -> int:
             "worker_runtime_env": {} if is_ours else {"env_vars": variables},
         }
         run_config = RunConfig(**options)
-        with _shown(board):
+        with _shown(board, out):
             scaling = _scaling(config, resources, job.min_ranks)
             status = _fit(config, scaling, run_config, board=board)
         if mistake := ray.get(board.mistake.remote()):
@@ -230,13 +231,20 @@ def _connected(
 
 
 @contextmanager
-def _shown(board: Any) -> Iterator[None]:
-    """Writes what rank 0 logs to stderr, and its last words to stdout."""
+def _without_noise() -> Iterator[None]:
+    """Drops what Ray prints on stdout, such as that a worker died: the job tells what matters."""
+    with open(os.devnull, "w") as noise, redirect_stdout(noise):
+        yield
+
+
+@contextmanager
+def _shown(board: Any, out: TextIO) -> Iterator[None]:
+    """Writes what rank 0 logs to stderr, and its last words to ``out``."""
     is_over = threading.Event()
 
     def show() -> None:
         for stream, text in ray.get(board.take.remote()):
-            (sys.stdout if stream == "out" else sys.stderr).write(text + "\n")
+            (out if stream == "out" else sys.stderr).write(text + "\n")
 
     def follow() -> None:
         with suppress(ray.exceptions.RayError):  # The driver tells what became of the job.
