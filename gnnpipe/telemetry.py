@@ -213,10 +213,10 @@ class _Follower:
 
     def close(self) -> None:
         """Lets it write what is left; a run does not fail for its pictures."""
-        with suppress(BrokenPipeError):
-            self._child.communicate(b"finished" if self.is_finished else b"", FOLLOWER_WAIT_S)
-        with suppress(subprocess.TimeoutExpired):
-            self._child.wait(FOLLOWER_WAIT_S)
+        # After a failure other ranks wait for word of it.
+        wait_s = FOLLOWER_WAIT_S if self.is_finished else FOLLOWER_WAIT_S / 10
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            self._child.communicate(b"finished" if self.is_finished else b"", wait_s)
         if self._child.poll() is None:
             self._child.kill()
             self._child.wait()

@@ -77,6 +77,7 @@ def _run_local(options: argparse.Namespace) -> int:
     threads = preflight.resolve_threads(config, options.nproc)
     # -P: a package of this name in the working directory is not ours.
     command = [sys.executable, "-P", "-m", "gnnpipe", "train", *options.arguments]
+    command += ["--quiet"] if options.quiet else []
     for restart in range(options.max_restarts + 1):
         number = {RESTARTS_VARIABLE: str(restart)} if restart else {}
         status = run_local(
@@ -120,6 +121,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     local.add_argument("--nproc", type=int, required=True, metavar="N", help="number of ranks")
+    local.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     local.add_argument(
         "--timeout-grace",
         type=float,

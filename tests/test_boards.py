@@ -20,7 +20,7 @@ from combinations import both_ways, save_partition, write_npz
 from rich.console import Console
 from test_telemetry import EXTRAS, record
 
-from gnnpipe import chunk
+from gnnpipe import chunk, telemetry
 from gnnpipe.config import load_config, to_yaml
 from gnnpipe.cut_facts import cut_facts, cut_report
 from gnnpipe.follower import LAYOUT, curves
@@ -215,6 +215,16 @@ def test_a_run_outlives_the_process_that_draws_it(
     assert (tmp_path / "summary.json").exists()
     assert "TensorBoard files are incomplete: " in caplog.text
     assert "manifest.json cannot be read" in caplog.text
+
+
+def test_a_run_does_not_wait_for_pictures_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(telemetry, "FOLLOWER_WAIT_S", 0.01)
+    with begin(tmp_path, None) as log:
+        log.epoch(record(1))
+        log.finish(EXTRAS)
+    assert "TensorBoard files are incomplete: it was ended" in caplog.text
 
 
 # --- what they are made of

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -314,6 +316,38 @@ def test_a_callback_ends_the_training_on_all_ranks(
     assert [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
     assert (tmp_path / "weights/last.safetensors").exists()
+
+
+SCRIPT = """
+import sys
+import torch.distributed as dist
+from gnnpipe.config import load_config
+from gnnpipe.trainer import Trainer
+
+dist.init_process_group("gloo")
+losses = []
+log = lambda record: losses.append(record.loss)
+stop = lambda record: record.epoch == 2
+summary = Trainer(load_config(None, sys.argv[1:]), on_epoch_end=[log, stop]).fit()
+if dist.get_rank() == 0:
+    print("epochs", summary["epochs"], "logged", len(losses))
+dist.destroy_process_group()
+"""
+
+
+def test_it_works_in_a_users_own_script_under_torchrun(graph_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    overrides = overrides_for(graph_file, tmp_path / "run", "parallel.num_stages=2")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "script.py", *overrides],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "epochs 2 logged 2\n"), done.stderr
 
 
 def train_after_a_slow_start(overrides: Sequence[str]) -> None:
