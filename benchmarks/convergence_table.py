@@ -36,7 +36,11 @@ Written by `benchmarks/convergence.py --report`; 2 shared CPU cores ({machine}),
 each run, torch {torch}, METIS seed 0. Mean and standard error over the seeds listed. Cosine and
 norm ratio: gradient of all weights against the exact one at the same weights and masks; drift:
 `|fresh - historical| / |fresh|` of the middle layer; both are means over the compared epochs, of
-which the first of drift is left out. Times are of training alone and of a busy machine."""
+which the first of drift is left out. Times are of training alone and of a busy machine.
+
+Made by `benchmarks/convergence.py --graphs G --models M --layers L --hidden H --epochs E --chunks
+C --seeds S --variants V`, with what the headings and rows say; the variants are spelled out in
+`benchmarks/convergence_cases.py`. A dash: not reached."""
 
 
 def row(chunks: int, variant: str, found: Mapping[int, Any], plain: Mapping[int, Any]) -> str:
