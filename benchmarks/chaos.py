@@ -187,10 +187,13 @@ def run_case(case: Case, out: Path, timeout_s: float) -> dict[str, Any]:
 
 def read_strike(notes: Path, number: int) -> dict[str, Any] | None:
     """What one strike cost; None if it or the attempt after it did not happen."""
-    paths = notes / f"strike-{number}.json", notes / f"begin-{number + 1}.json"
-    if not all(path.exists() for path in paths):
+    names = f"strike-{number}", f"begin-{number + 1}", f"resume-{number + 1}"
+    paths = [notes / f"{name}.json" for name in names]
+    # The next strike may have come before an epoch was done.
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not paths[0].exists() or len(found) < 2:
         return None
-    struck, begun = (json.loads(path.read_text()) for path in paths)
+    struck, begun = found[:2]
     return {
         "where": struck["where"],
         "repeated_epochs": struck["epochs"] - (begun["epoch"] - 1),

@@ -27,8 +27,9 @@ def report(results: Sequence[Mapping[str, Any]], head: str) -> str:
         head,
         f"{os.cpu_count()} CPU cores, {platform.machine()}, shared with other work.\n",
         "Recovery: from the signal to the end of the first epoch after it, all processes started"
-        " anew. Sound: the run ended by itself with status 0, losses bit-equal to the undisturbed"
-        " run, no process left, no kill repeated more epochs than a checkpoint interval.\n",
+        " anew, or to its start where the next signal came within it. Sound: the run ended by"
+        " itself with status 0, losses bit-equal to the undisturbed run, no process left, no kill"
+        " repeated more epochs than a checkpoint interval.\n",
         "| launcher | runs | sound | kills | recovery s, median (least - most) | most repeated |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]

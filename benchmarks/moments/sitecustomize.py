@@ -8,7 +8,7 @@ of C functions, that happen while the run does what is to be disturbed::
     send   | Comm.send [pack] [isend] |  | Comm.send [pack] [isX          the fifth event of sends
 
 Every start of all ranks is an attempt. In attempt k the k-th strike of the plan happens, and rank
-0 notes when its first epoch is done.
+0 notes when its first epoch begins and when it is done.
 """
 
 import importlib.abc
@@ -52,6 +52,8 @@ class Watcher:
         name = frame.f_code.co_qualname
         if name == EPOCH:
             self._num_epochs += event == "call"
+            if self._is_to_begin and self._num_epochs == 1 and event == "call":
+                self._note("resume", {"epoch": frame.f_locals["epoch"]})
             if self._is_to_begin and event == "return" and argument is not None:  # No exception.
                 self._is_to_begin = False
                 self._note("begin", {"epoch": frame.f_locals["epoch"]})
