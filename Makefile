@@ -15,6 +15,9 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 RUN_STAMP := $(VENV)/run.stamp
 DEV_STAMP := $(VENV)/dev.stamp
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt
+# A plain path: the default editable install loses to a folder named gnnpipe beside a user's script,
+# such as this checkout seen from its parent.
+EDITABLE = --config-settings editable_mode=compat -e
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test clean
@@ -39,11 +42,11 @@ $(RUN_STAMP): $(INPUTS)
 	{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "installing into $(VENV): minutes the first time, nothing afterwards"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) $(EDITABLE) .
 	touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) $(EDITABLE) '.[dev]'
 	touch $@
 
 clean:
