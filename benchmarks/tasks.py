@@ -166,7 +166,7 @@ CASES: dict[str, Case] = {
         "amazon_computers",
         "category",
         own("amazon_computers"),
-        {**model("sage", 2), "data": {"inductive": True}},
+        {**model("sage", 2, dropout=0.2), "data": {"inductive": True}},
     ),
 }
 
