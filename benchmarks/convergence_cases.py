@@ -22,6 +22,10 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "steps 2": {"training": {"steps_per_epoch": 2}},
     "steps 4": {"training": {"steps_per_epoch": 4}},
     "steps 8": {"training": {"steps_per_epoch": 8}},
+    "steps 4, grouped": {
+        "training": {"steps_per_epoch": 4},
+        "partition": {"method": "metis-grouped"},
+    },
     "dropout false": {"history": {"dropout": False}},
     "momentum 0.5": {"history": {"dropout": False, "momentum": 0.5}},
     "late gradient 0.5": {"history": {"late_gradient": 0.5}},
