@@ -188,7 +188,7 @@ def _predict(config: Config, chunked: ChunkedGraph, world: World) -> MemoryBytes
     return predict_memory_bytes(
         layers[bounds[stage] : bounds[stage + 1]],
         is_first=stage == 0,
-        is_pipelined=mesh.num_stages > 1,
+        num_cuts=(stage > 0) + (stage < mesh.num_stages - 1),
         way=WayCounts(
             num_rows=graph.num_rows,
             in_mirrors=graph.in_mirrors.row_id.size,
@@ -213,8 +213,8 @@ def _report(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"`{command}`; {cores}, one thread per rank, torch {torch.__version__}; METIS seed 0."
     yield ""
     yield (
-        "MiB (2^20 bytes). Growth is peak resident memory above the baseline, of the rank that grew"
-        " most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=131072`. Error: "
+        "MiB (2^20 bytes). Growth is peak resident memory above the baseline, of the rank that "
+        "grew most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=131072`. Error: "
         "formula / pinned growth - 1, of that rank and the worst of all ranks. The columns after "
         "`table_bytes` are the formula's parts."
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -22,6 +22,12 @@ __all__ = ["KINDS", "Comm", "Groups", "Kind", "Message", "Pending"]
 
 COLLECTIVE = -1
 """Stands for all ways of a stage where a record names a peer."""
+
+HELD_TRADES = 2
+"""Trades between ways whose sent rows are held: gloo tells of a send's end only who waits."""
+
+Leaving = tuple[dist.Work, Kind, str, Tensor]
+"""A send: what to wait for, its kind, whom to blame, and the rows on their way."""
 
 _NO_KEY = -1
 _HALO_TAG = 1 << 30
@@ -75,7 +81,8 @@ class Comm:
         self._groups = groups
         self._like = like
         self._timeout = timedelta(seconds=timeout_s)
-        self._outgoing: deque[tuple[dist.Work, Kind, str, Tensor]] = deque()
+        self._outgoing: deque[Leaving] = deque()
+        self._trades: deque[deque[Leaving]] = deque()
         self._counted_as: Kind | None = None
         self._action = ""
         self._keys: tuple[int, ...] = ()
@@ -116,13 +123,16 @@ class Comm:
         work = self._post(complaint, lambda: dist.isend(payload, peer, group=group, tag=tag))
         if kind != "evaluation":
             self.recorder.send(kind, peer, tag, num_bytes=payload.nbytes, start_s=start_s)
-        self._keep([(work, kind, complaint, payload)])
+        self._outgoing.append((work, kind, complaint, payload))
+        while self._outgoing and self._outgoing[0][0].is_completed():  # gloo's never is
+            self._outgoing.popleft()
 
     def flush(self) -> None:
         """Waits until every send has left."""
-        while self._outgoing:
-            work, kind, complaint, _ = self._outgoing.popleft()
-            self._wait_for(work, kind, complaint)
+        for trade in (self._outgoing, *self._trades):
+            self._wait_for_sends(trade)
+            trade.clear()
+        self._trades.clear()
 
     def receive(self, message: Message) -> "Pending":
         """``message.peer`` -> this rank; returns at once."""
@@ -280,7 +290,7 @@ class Comm:
         keys = [(peer, self._number(WAIT, kind, peer)) for peer, _, _ in coming]
         if len(works) == len(operations):  # gloo; NCCL has one work for all, quick to wait for.
             gone = zip(works[len(coming) :], leaving, strict=True)
-            self._keep([(work, kind, complaint, payload) for work, (_, payload) in gone])
+            self._trades.append(deque((work, kind, complaint, rows) for work, (_, rows) in gone))
             works = works[: len(coming)]
 
         def wait() -> None:
@@ -289,14 +299,15 @@ class Comm:
             for _, target, payload in coming:
                 unpack(payload, form, target=target)
             operations.clear()  # Until now they kept the sent rows alive.
+            # All ways trade in one order, and trade on: what went two trades ago has been taken.
+            while len(self._trades) > HELD_TRADES:
+                self._wait_for_sends(self._trades.popleft())
 
         return wait
 
-    def _keep(self, leaving: Sequence[tuple[dist.Work, Kind, str, Tensor]]) -> None:
-        """Holds what is being sent until it has left."""
-        self._outgoing += leaving
-        while self._outgoing and self._outgoing[0][0].is_completed():
-            self._outgoing.popleft()
+    def _wait_for_sends(self, leaving: Iterable[Leaving]) -> None:
+        for work, kind, complaint, _ in leaving:
+            self._wait_for(work, kind, complaint)
 
     def _swap(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]

@@ -7,7 +7,8 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
     features     the first stage's input rows
     parameters   4 b: values, gradients, Adam's two moments
-    messages     receives posted ahead: RECEIVE_AHEAD chunks of boundary rows
+    messages     receives posted ahead, RECEIVES_AHEAD chunks of boundary rows, and the rows sent
+                 over the stage's cuts, which are held until the epoch's end
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
 An evaluation needs its temporaries when no activations are held, so of the two the larger counts.
@@ -73,7 +74,7 @@ def predict_memory_bytes(
     layers: Sequence[LayerShape],
     *,
     is_first: bool,
-    is_pipelined: bool,
+    num_cuts: int,
     way: WayCounts,
     features: FeatureCounts,
     num_chunks: int,
@@ -85,7 +86,7 @@ def predict_memory_bytes(
     Args:
         layers: those of the rank, not of the whole model.
         is_first: whether the rank holds the first stage, and so the features.
-        is_pipelined: whether rows arrive from other ranks.
+        num_cuts: neighbours in the pipeline: 0, 1 or 2.
         way: sizes of the rank's way.
         features: sizes of the way's features.
         num_chunks: chunks.
@@ -98,6 +99,8 @@ def predict_memory_bytes(
     sizes = -(-way.num_rows // num_chunks), -(-way.num_edges // num_chunks)
     kept = num_chunks * sum(layer.kept_numbers(*sizes) for layer in layers)
     activations = element_bytes * kept
+    num_tensors = 1 + len({name for layer in layers for name in layer.reads})
+    ahead = min(RECEIVES_AHEAD, num_chunks) * chunk_bytes
     training = activations + CHUNK_TEMPORARIES * chunk_bytes
     evaluation = EVALUATION_TEMPORARIES * way.num_rows * row_bytes
     return MemoryBytes(
@@ -106,7 +109,7 @@ def predict_memory_bytes(
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=4 * element_bytes * num_parameters(layers),
-        messages=min(RECEIVES_AHEAD, num_chunks) * chunk_bytes if is_pipelined else 0,
+        messages=num_tensors * (ahead + num_cuts * way.num_rows * row_bytes) if num_cuts else 0,
         working=max(training, evaluation) - activations,
     )
 

@@ -229,7 +229,7 @@ class Planner:
         return predict_memory_bytes(
             [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)],
             is_first=rank == 0,
-            is_pipelined=S > 1,
+            num_cuts=(rank > 0) + (rank < S - 1),
             way=way,
             features=graph.features._replace(num_entries=entries and entries // W),
             num_chunks=C,

@@ -145,7 +145,7 @@ def rank_bytes(
             predict_memory_bytes(
                 held,
                 is_first=stage_rank == 0,
-                is_pipelined=mesh.num_stages > 1,
+                num_cuts=(stage_rank > 0) + (stage_rank < mesh.num_stages - 1),
                 way=way,
                 features=FeatureCounts(chunked.num_features, entries),
                 num_chunks=chunked.num_chunks,

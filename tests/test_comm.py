@@ -11,7 +11,7 @@ from process_pool import Job, ProcessPool
 from torch import Tensor
 
 from gnnpipe.cell import Exchange
-from gnnpipe.comm import Comm, Groups, Message
+from gnnpipe.comm import HELD_TRADES, Comm, Groups, Message
 from gnnpipe.errors import PeerError
 from gnnpipe.mesh import Mesh
 from gnnpipe.world import join, make_groups
@@ -141,6 +141,31 @@ def test_messages_arrive_and_are_counted(pool: ProcessPool) -> None:
 
 def alone(mesh: Mesh) -> Comm:
     return Comm(mesh, 0, groups=Groups(), like=LIKE, timeout_s=5)
+
+
+def trade_often() -> None:
+    """Way 0 sends a row to way 1 in each of ten trades, and one comes back in every third."""
+
+    def act(comm: Comm) -> None:
+        way, held = comm.rank, []
+        for turn in range(10):
+            table = rows(10.0 * way + turn)
+            sends = way == 0 or turn % 3 == 0
+            receives = way == 1 or turn % 3 == 0
+            send = torch.tensor([0] if sends else [], dtype=torch.int64)
+            exchange = Exchange(1 - way, send, slice(1, 2 if receives else 1))
+            comm.pull(table, [exchange])()
+            assert table[1, 0] == 10.0 * (1 - way if receives else way) + turn
+            held.append(sum(len(trade) for trade in comm._trades))
+        assert max(held) <= HELD_TRADES
+        comm.flush()
+        assert not comm._trades
+
+    in_a_world(2, act)
+
+
+def test_rows_that_were_taken_are_not_held(pool: ProcessPool) -> None:
+    pool.run([Job("test_comm:trade_often", 2, {})], timeout_s=60)
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -30,7 +30,7 @@ def predicted(run: PipelineRun, *, period: int = 1) -> MemoryBytes:
     return predict_memory_bytes(
         [local.layer for local in layers_of(run)],
         is_first=True,
-        is_pipelined=False,
+        num_cuts=0,
         way=WayCounts(*sizes, is_symmetric=True, largest_chunk=NUM_NODES // NUM_CHUNKS),
         features=FeatureCounts(5, None),
         num_chunks=NUM_CHUNKS,
@@ -112,11 +112,11 @@ def test_features_and_messages_are_held_where_they_are_needed() -> None:
     layers = [local.layer for local in layers_of(run)]
     way = WayCounts(100, 20, 10, 500, is_symmetric=False, largest_chunk=30)
 
-    def of(*, is_first: bool, is_pipelined: bool, entries: int | None) -> MemoryBytes:
+    def of(*, is_first: bool, num_cuts: int, entries: int | None) -> MemoryBytes:
         return predict_memory_bytes(
             layers,
             is_first=is_first,
-            is_pipelined=is_pipelined,
+            num_cuts=num_cuts,
             way=way,
             features=FeatureCounts(1000, entries),
             num_chunks=4,
@@ -124,12 +124,12 @@ def test_features_and_messages_are_held_where_they_are_needed() -> None:
             element_bytes=4,
         )
 
-    alone = of(is_first=True, is_pipelined=False, entries=None)
+    alone = of(is_first=True, num_cuts=0, entries=None)
     assert alone.features == 100 * 1000 * (4 + 4)
     assert alone.messages == 0
-    assert of(is_first=True, is_pipelined=False, entries=300).features < alone.features / 10
-    last = of(is_first=False, is_pipelined=True, entries=None)
+    assert of(is_first=True, num_cuts=0, entries=300).features < alone.features / 10
+    last = of(is_first=False, num_cuts=1, entries=None)
     assert last.features == 0
-    assert last.messages == 4 * 30 * 64 * 4
+    assert last.messages == 4 * 30 * 64 * 4 + 100 * 64 * 4  # receives ahead, sent rows
     assert alone.tables == 4 * 6 * 64 * (120 + 110)
     assert alone.total == sum(alone)
