@@ -214,9 +214,9 @@ def _report(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         "MiB (2^20 bytes). Growth is peak resident memory above the baseline, of the rank that "
-        "grew most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=131072`. Error: "
-        "formula / pinned growth - 1, of that rank and the worst of all ranks. The columns after "
-        "`table_bytes` are the formula's parts."
+        "grew most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=131072`. "
+        "Error: formula / pinned growth - 1, of that rank and the worst of all ranks. The columns "
+        "after `table_bytes` are the formula's parts."
     )
     for graph in dict.fromkeys(row["graph"] for row in rows):
         yield ""
