@@ -35,9 +35,10 @@ from torch import Tensor  # noqa: E402
 
 from gnnpipe import chunk  # noqa: E402
 from gnnpipe.config import Config, from_dict  # noqa: E402
+from gnnpipe.configured import model_layers  # noqa: E402
 from gnnpipe.datasets import load_graph  # noqa: E402
 from gnnpipe.graph import Graph  # noqa: E402
-from gnnpipe.runs import PipelineRun, model_layers  # noqa: E402
+from gnnpipe.runs import PipelineRun  # noqa: E402
 from gnnpipe.sources import merge  # noqa: E402
 from gnnpipe.world import World  # noqa: E402
 from partition import assign  # noqa: E402

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gnnpipe import chunk
 from gnnpipe.config import Config, from_dict, to_dict
+from gnnpipe.configured import model_layers
 from gnnpipe.counter import stream_key
 from gnnpipe.graph import Graph
 from gnnpipe.kernels import RowBlock, aggregate
 from gnnpipe.kernels.dropout import dropout_rows
 from gnnpipe.order import chunk_order
-from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.runs import PipelineRun
 from gnnpipe.world import World
 
 

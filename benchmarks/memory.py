@@ -31,13 +31,14 @@ from gnnpipe import chunk
 from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, load_config
+from gnnpipe.configured import model_layers
 from gnnpipe.datasets import load_graph
 from gnnpipe.environment import end_with_parent
 from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
 from gnnpipe.mesh import Mesh
 from gnnpipe.preflight import thread_variables
-from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.runs import PipelineRun
 from gnnpipe.way import way_graph
 from gnnpipe.world import World, join
 from launch.local import run_local

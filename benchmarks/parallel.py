@@ -29,6 +29,7 @@ from gnnpipe import chunk
 from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config, load_config
+from gnnpipe.configured import model_layers
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.datasets import load_graph
 from gnnpipe.graph import Graph
@@ -37,7 +38,6 @@ from gnnpipe.metrics import time_shares
 from gnnpipe.planner import Planner, Setting, choose, settings
 from gnnpipe.planning import profile_of, shape_of
 from gnnpipe.reports import Reports
-from gnnpipe.runs import model_layers
 from gnnpipe.world import World, join, make_groups
 from partition import assign
 

@@ -137,7 +137,8 @@ def ours(graph: Any, options: argparse.Namespace) -> Callable[[int], Any]:
     import torch
 
     from gnnpipe.config import from_dict
-    from gnnpipe.runs import PipelineRun, model_layers
+    from gnnpipe.configured import model_layers
+    from gnnpipe.runs import PipelineRun
     from gnnpipe.trainer import cut_graph
     from gnnpipe.world import World
 

@@ -23,11 +23,11 @@ from scipy import sparse
 from torch import nn
 
 from gnnpipe.config import Config, from_dict
+from gnnpipe.configured import configured_task
 from gnnpipe.datasets import load_graph
 from gnnpipe.graph import Graph
 from gnnpipe.links import link_graph
 from gnnpipe.losses import Targets
-from gnnpipe.runs import configured_task
 from gnnpipe.subgraph import induced
 from gnnpipe.trainer import Trainer
 

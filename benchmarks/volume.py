@@ -31,10 +31,11 @@ from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS
 from gnnpipe.config import Config, load_config
+from gnnpipe.configured import model_layers
 from gnnpipe.datasets import load_graph
 from gnnpipe.environment import end_with_parent
 from gnnpipe.preflight import thread_variables
-from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.runs import PipelineRun
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
 from gnnpipe.way import way_graph
 from gnnpipe.world import World, join

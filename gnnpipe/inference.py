@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, from_dict, load_config, to_dict
+from gnnpipe.configured import layers_between
 from gnnpipe.console import working
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
@@ -24,7 +25,7 @@ from gnnpipe.models import end_widths
 from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
 from gnnpipe.run_directory import CONFIG_FILE, PARTITION_DIR, WEIGHTS_DIR, WHOLE_PARTITION_DIR
-from gnnpipe.runs import PipelineRun, layers_between
+from gnnpipe.runs import PipelineRun
 from gnnpipe.state import named_state
 from gnnpipe.trainer import cut_graph, load_data, set_threads
 from gnnpipe.weights import check_weights, load_weights

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gnnpipe.config import Config, to_yaml
+from gnnpipe.configured import model_layers
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import json_text
@@ -23,7 +24,6 @@ from gnnpipe.planning import (
     shape_of,
 )
 from gnnpipe.room import PROCESS_BYTES, by_purpose, free_bytes, size_text
-from gnnpipe.runs import model_layers
 from gnnpipe.trainer import load_data
 
 

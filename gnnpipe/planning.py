@@ -10,6 +10,7 @@ import numpy as np
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config
+from gnnpipe.configured import layers_between, model_layers
 from gnnpipe.costs import Line, Links, Profile
 from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts
@@ -25,7 +26,6 @@ from gnnpipe.planner import (
     settings,
 )
 from gnnpipe.profiling import measure
-from gnnpipe.runs import layers_between, model_layers
 from gnnpipe.schedule import draw
 from gnnpipe.volume import MirrorCounts
 from partition import assign

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gnnpipe import chunk
 from gnnpipe.config import Config, load_config
+from gnnpipe.configured import layers_between
 from gnnpipe.errors import UserError
 from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
@@ -22,7 +23,6 @@ from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
 from gnnpipe.models.plain import PlainModel
 from gnnpipe.run_directory import CONFIG_FILE, PARTITION_DIR, WEIGHTS_DIR
-from gnnpipe.runs import layers_between
 from gnnpipe.state import load_state, named_state
 from gnnpipe.subgraph import checked_nodes, induced, neighbourhood
 from gnnpipe.weights import check_weights, load_weights

@@ -1,28 +1,23 @@
-"""What the epoch loop drives: the pipeline, or the plain full-graph loop beside it."""
+"""What the epoch loop drives, and the pipeline behind that face."""
 
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 
-from gnnpipe.assembly import Plan, build_engine, initialise, stage_bounds
+from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
-from gnnpipe.fields import require
-from gnnpipe.graph import Graph
-from gnnpipe.link_task import Link
+from gnnpipe.configured import configured_task, configured_updates
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
-from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
 from gnnpipe.optimizer import (
-    Updates,
     clip,
     learning_rate,
     make_optimizer,
@@ -30,7 +25,6 @@ from gnnpipe.optimizer import (
 )
 from gnnpipe.order import chunk_order
 from gnnpipe.recall import Keeping
-from gnnpipe.reference import Reference
 from gnnpipe.reports import Reports
 from gnnpipe.shards import Shards
 from gnnpipe.shortage import AskingFor
@@ -46,8 +40,7 @@ from gnnpipe.state import (
     model_state,
     named_state,
 )
-from gnnpipe.subgraph import training_part
-from gnnpipe.tasks import Task, make_task
+from gnnpipe.tasks import Task
 from gnnpipe.world import World, make_groups
 
 WAIT_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
@@ -113,38 +106,6 @@ class Run(Protocol):
 
     def restore(self, shards: Shards) -> None:
         """Takes its part of a checkpoint, which any ranks may have written."""
-
-
-def model_layers(config: Config, graph: Graph | ChunkedGraph) -> list[Layer]:
-    """Builds the configured model for a graph, without storage: shapes, but no memory."""
-    features: Any = graph.features  # scipy ships no types
-    row_entries = features.nnz / graph.num_nodes if sparse.issparse(features) else None
-    return layers_between(config, graph.num_features, graph.num_classes, row_entries=row_entries)
-
-
-def layers_between(
-    config: Config, in_channels: int, out_channels: int, *, row_entries: float | None = None
-) -> list[Layer]:
-    """Builds the configured model between two widths, without storage.
-
-    Args:
-        config: the run.
-        in_channels: number of features.
-        out_channels: number of classes.
-        row_entries: mean number of stored features of a node; None for dense ones.
-    """
-    model = config.model
-    with torch.device("meta"):
-        return build_layers(
-            model.name,
-            in_channels=in_channels,
-            hidden_channels=model.hidden_channels,
-            out_channels=out_channels,
-            num_layers=model.num_layers,
-            dropout=model.dropout,
-            options=model.options,
-            row_entries=row_entries,
-        )
 
 
 class PipelineRun:
@@ -328,7 +289,7 @@ class PipelineRun:
 
     def gradient_norms(self) -> list[float]:
         """Norm of the parameters' gradients of each of this rank's stages."""
-        return [_gradient_norm(stage.parameters) for stage in self._stages]
+        return [gradient_norm(stage.parameters) for stage in self._stages]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of every rank's ``values``, on every rank."""
@@ -374,100 +335,8 @@ class PipelineRun:
         return [local for stage in self._stages for local in stage.layers]
 
 
-class ReferenceRun:
-    """The plain full-graph loop behind the same face."""
-
-    rank = 0
-    world_size = 1
-    table_bytes = 0
-
-    def __init__(self, config: Config, graph: Graph, *, device: torch.device) -> None:
-        steps = config.training.steps_per_epoch
-        rule = "must be 1 for the plain loop, which has no chunks; set it to 1"
-        require(steps == 1, "training.steps_per_epoch", steps, rule)
-        like = torch.empty(0, dtype=getattr(torch, config.model.dtype), device=device)
-        self.layers = [
-            initialise(layer, seed=config.seed, index=index, like=like)
-            for index, layer in enumerate(model_layers(config, graph))
-        ]
-        self.num_parameters = sum(p.numel() for layer in self.layers for p in layer.parameters())
-        self.task = configured_task(config, graph)
-        trained = training_part(graph) if config.data.inductive else graph
-        self.reference = Reference(
-            trained,
-            self.layers,
-            seed=config.seed,
-            updates=configured_updates(config),
-            task=self.task,
-        )
-        self._evaluator = self.reference
-        if config.data.inductive:
-            self._evaluator = Reference(graph, self.layers, seed=0, lr=1.0, task=self.task)
-
-    def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
-        """Takes one optimizer step; returns the loss."""
-        return self.reference.train_epoch(epoch)
-
-    def staleness(self) -> None:
-        """Nothing is stale."""
-
-    def evaluate(self) -> dict[str, float | None]:
-        """Accuracy of each split."""
-        return self._evaluator.accuracy(self._evaluator.evaluate())
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by name."""
-        return named_state(list(enumerate(self.layers)))
-
-    def usage(self) -> Usage:
-        """Nothing is sent."""
-        return Usage([0] * len(KINDS), [0.0] * len(WAIT_KINDS))
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """The one rank's ``values``."""
-        return [values]
-
-    def transfer_s(self) -> list[float]:
-        """Nothing travels."""
-        return [0.0]
-
-    def write_trace(self, path: Path) -> None:
-        """There is nothing to show."""
-
-    def write_timeline(self, path: Path, epoch: int) -> None:
-        """There is nothing to show."""
-
-    def gradient_norms(self) -> list[float]:
-        """Norm of the gradients of the whole model."""
-        return [_gradient_norm(p for layer in self.layers for p in layer.parameters())]
-
-    def total(self, values: Tensor) -> Tensor:
-        """The one rank's ``values``."""
-        return values
-
-    def state(self, *, histories: bool) -> dict[str, Tensor]:
-        """The model; nothing is historical."""
-        return model_state(list(enumerate(self.layers)), self.reference.optimizer)
-
-    def restore(self, shards: Shards) -> None:
-        """Takes the model out of a checkpoint."""
-        load_model_state(list(enumerate(self.layers)), self.reference.optimizer, shards)
-
-
-def configured_task(config: Config, graph: Graph | ChunkedGraph) -> Task:
-    """The task that the configuration names, on the labels or pairs that the graph has."""
-    if config.task.kind == "link":
-        return Link(graph, seed=config.seed, metric=config.task.link_metric)
-    task, smoothing = config.task, config.training.label_smoothing
-    return make_task(task.kind, graph, class_weight=task.class_weight, smoothing=smoothing)
-
-
-def configured_updates(config: Config) -> Updates:
-    """How the configuration wants weights to change."""
-    return Updates(*(getattr(config.training, name) for name in Updates._fields))
-
-
-def _gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Norm of all gradients of some parameters together."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return float(nn.utils.get_total_norm(gradients))
 

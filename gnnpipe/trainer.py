@@ -14,6 +14,7 @@ from torch import nn
 from gnnpipe import chunk
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config
+from gnnpipe.configured import configured_task, model_layers
 from gnnpipe.console import be_quiet, show_table, working
 from gnnpipe.costs import LATENCY_US, LOCAL_GBPS, Links
 from gnnpipe.cut_facts import cut_report
@@ -27,15 +28,11 @@ from gnnpipe.models.layer import Layer
 from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
+from gnnpipe.reference_run import ReferenceRun
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
 from gnnpipe.room import check_room, gpu_room, host_room
 from gnnpipe.run_directory import PARTITION_DIR, WHOLE_PARTITION_DIR, summary_text
-from gnnpipe.runs import (
-    PipelineRun,
-    ReferenceRun,
-    configured_task,
-    model_layers,
-)
+from gnnpipe.runs import PipelineRun
 from gnnpipe.stopping import StopRequest, stop_requests
 from gnnpipe.subgraph import training_part
 from gnnpipe.world import World, join

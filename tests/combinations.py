@@ -16,7 +16,7 @@ from gnnpipe.config import Config, load_config
 from gnnpipe.datasets import load_graph
 from gnnpipe.graph import Graph
 from gnnpipe.metrics import read_metrics
-from gnnpipe.runs import ReferenceRun
+from gnnpipe.reference_run import ReferenceRun
 from gnnpipe.trainer import Trainer
 from gnnpipe.weights import load_weights
 from partition import assign

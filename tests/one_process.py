@@ -9,11 +9,13 @@ from drawn import cut
 from torch import Tensor
 
 from gnnpipe.config import Config, from_dict
+from gnnpipe.configured import model_layers
 from gnnpipe.graph import Graph
 from gnnpipe.history import Table
 from gnnpipe.models import build_layers
 from gnnpipe.models.layer import Layer
-from gnnpipe.runs import PipelineRun, ReferenceRun, model_layers
+from gnnpipe.reference_run import ReferenceRun
+from gnnpipe.runs import PipelineRun
 from gnnpipe.sections import TrainingConfig
 from gnnpipe.stage import LocalLayer
 from gnnpipe.world import World

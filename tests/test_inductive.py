@@ -18,7 +18,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.inference import evaluate_run
 from gnnpipe.metrics import read_metrics
 from gnnpipe.pretrained import PretrainedModel
-from gnnpipe.runs import ReferenceRun
+from gnnpipe.reference_run import ReferenceRun
 from gnnpipe.subgraph import training_part
 from gnnpipe.trainer import Trainer
 

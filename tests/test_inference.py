@@ -16,7 +16,7 @@ from gnnpipe.datasets import load_graph
 from gnnpipe.inference import evaluate_run, predict_run
 from gnnpipe.metrics import read_metrics
 from gnnpipe.preflight import THREAD_VARIABLES
-from gnnpipe.runs import ReferenceRun
+from gnnpipe.reference_run import ReferenceRun
 from gnnpipe.trainer import Trainer
 from gnnpipe.weights import load_weights
 

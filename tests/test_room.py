@@ -12,6 +12,7 @@ from gnnpipe import chunk, trainer
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.cli import main
 from gnnpipe.config import Config, from_dict, load_config, to_dict
+from gnnpipe.configured import model_layers
 from gnnpipe.errors import UserError
 from gnnpipe.room import (
     PROCESS_BYTES,
@@ -23,7 +24,6 @@ from gnnpipe.room import (
     rank_bytes,
     way_counts,
 )
-from gnnpipe.runs import model_layers
 from gnnpipe.trainer import Trainer
 from gnnpipe.way import way_graph
 from partition import assign

@@ -24,12 +24,13 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from gnnpipe.cli import main
 from gnnpipe.config import load_config, to_dict
+from gnnpipe.configured import model_layers
 from gnnpipe.datasets import load_graph
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import EpochRecord, read_metrics
 from gnnpipe.models import build_layers
 from gnnpipe.preflight import THREAD_VARIABLES
-from gnnpipe.runs import PipelineRun, model_layers
+from gnnpipe.runs import PipelineRun
 from gnnpipe.state import named_state
 from gnnpipe.trainer import Trainer
 from gnnpipe.weights import load_weights

@@ -12,7 +12,7 @@ from gnnpipe import chunk
 from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import load_config
-from gnnpipe.runs import model_layers
+from gnnpipe.configured import model_layers
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
 from gnnpipe.way import way_graph
 from partition import Assignment, quality
