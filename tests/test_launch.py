@@ -234,7 +234,7 @@ MISTAKES = [
     ("local --nproc 2 c.yaml parallel.num_stages=4", "(=4); give --nproc 4"),
     ("local --nproc 2 nope.yaml", "cannot read the configuration file `nope.yaml`"),
     ("local --nproc 2 c.yaml model.depth=3", "`model.depth` is not a known key"),
-    ("local --nproc 2 c.yaml --quiet", "unrecognized arguments: --quiet"),
+    ("local --nproc 2 c.yaml --colour", "unrecognized arguments: --colour"),
     ("local --nproc 2 c.yaml run.dir=c.yaml", "`run.dir` (=c.yaml) must be a directory"),
     ("local --nproc 2 c.yaml data.name=x.npz", "`data.name` (=x.npz) must be a file"),
 ]
