@@ -4,6 +4,7 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
 
     tables       b sum over the stage's tables of width (n + m_in  +  n + m_out)
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows
+    records      RECORD_BYTES for each layer and chunk: autograd's nodes, small tensors, objects
     adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
     features     the first stage's input rows
     parameters   4 b: values, gradients, Adam's two moments
@@ -12,7 +13,7 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
 An evaluation needs its temporaries when no activations are held, so of the two the larger counts.
-All but the parameters shrink with W, and all but features and adjacency with S. The formulas count
+All but parameters and records shrink with W, and all but features and adjacency with S. The formulas count
 live arrays; what an allocator keeps beyond them is not in them.
 """
 
@@ -23,6 +24,9 @@ from gnnpipe.shapes import LayerShape, num_parameters
 
 RECEIVES_AHEAD = 6
 """``inbox.RECEIVE_AHEAD``, which needs torch to import."""
+
+RECORD_BYTES = 48 * 1024
+"""Of one layer and chunk, whatever the rows; fitted to peaks of coauthor_physics in six meshes."""
 
 CHUNK_TEMPORARIES = 4
 """Rows of hidden width that one layer's backward of one chunk has at hand at a time."""
@@ -58,6 +62,7 @@ class MemoryBytes(NamedTuple):
 
     tables: int
     activations: int
+    records: int
     adjacency: int
     features: int
     parameters: int
@@ -106,6 +111,7 @@ def predict_memory_bytes(
     return MemoryBytes(
         tables=element_bytes * sum(_table_numbers(layer, way, period) for layer in layers),
         activations=activations,
+        records=RECORD_BYTES * len(layers) * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=4 * element_bytes * num_parameters(layers),
