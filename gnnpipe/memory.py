@@ -13,8 +13,8 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
 An evaluation needs its temporaries when no activations are held, so of the two the larger counts.
-All but parameters and records shrink with W, and all but features and adjacency with S. The formulas count
-live arrays; what an allocator keeps beyond them is not in them.
+All but parameters and records shrink with W, and all but features and adjacency with S. The
+formulas count what is in use; what an allocator keeps beyond that is not in them.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,11 @@ RECEIVES_AHEAD = 6
 """``inbox.RECEIVE_AHEAD``, which needs torch to import."""
 
 RECORD_BYTES = 48 * 1024
-"""Of one layer and chunk, whatever the rows; fitted to peaks of coauthor_physics in six meshes."""
+"""Of one layer and chunk, whatever the rows; fitted to the peaks of benchmarks/memory.py."""
+
+ENTRY_BYTES = 48
+"""Of one stored feature beside its place in slice and chunk: pages of the mapped file, values
+after dropout, an evaluation's copy; fitted to the same peaks."""
 
 CHUNK_TEMPORARIES = 4
 """Rows of hidden width that one layer's backward of one chunk has at hand at a time."""
@@ -162,4 +166,5 @@ def _feature_bytes(
     slice_bytes = 8 * entries + 4 * way.num_rows
     # value and index, and the transposed order: row and position; dropped-out values beside
     chunk_bytes = (2 * element_bytes + 4 + 4 + 8) * entries
+    chunk_bytes += ENTRY_BYTES * entries
     return slice_bytes + chunk_bytes + 8 * num_chunks * columns + 8 * way.num_rows
