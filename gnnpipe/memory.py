@@ -12,7 +12,7 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
                  over the stage's cuts, which are held until the epoch's end
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
-An evaluation needs its temporaries when no activations are held, so of the two the larger counts.
+An evaluation needs its temporaries when no activations and messages are held: the larger counts.
 All but parameters and records shrink with W, and all but features and adjacency with S. The
 formulas count what is in use; what an allocator keeps beyond that is not in them.
 """
@@ -110,7 +110,8 @@ def predict_memory_bytes(
     activations = element_bytes * kept
     num_tensors = 1 + len({name for layer in layers for name in layer.reads})
     ahead = min(RECEIVES_AHEAD, num_chunks) * chunk_bytes
-    training = activations + CHUNK_TEMPORARIES * chunk_bytes
+    messages = num_tensors * (ahead + num_cuts * way.num_rows * row_bytes) if num_cuts else 0
+    training = activations + messages + CHUNK_TEMPORARIES * chunk_bytes
     evaluation = EVALUATION_TEMPORARIES * way.num_rows * row_bytes
     return MemoryBytes(
         tables=element_bytes * sum(_table_numbers(layer, way, period) for layer in layers),
@@ -119,8 +120,8 @@ def predict_memory_bytes(
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=4 * element_bytes * num_parameters(layers),
-        messages=num_tensors * (ahead + num_cuts * way.num_rows * row_bytes) if num_cuts else 0,
-        working=max(training, evaluation) - activations,
+        messages=messages,
+        working=max(training, evaluation) - activations - messages,
     )
 
 
