@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import own_session
 import pytest
 import yaml
 from resuming import losses, ring_run, train_on, write_ring
@@ -28,21 +28,8 @@ def stand_in(folder: Path, name: str, body: str) -> None:
 
 
 def run(command: list[str], variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, error = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, out, error)
+    own = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, **variables}
+    return own_session.run(command, variables=own, timeout_s=TIMEOUT_S)
 
 
 @needs_namespaces

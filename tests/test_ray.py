@@ -2,11 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import own_session
 import pytest
 from resuming import losses, ring_run, train_on, write_ring
 
@@ -37,28 +36,16 @@ def test_a_job_whose_worker_is_killed_goes_on_and_has_the_losses_of_one_process(
     }
     path = os.pathsep.join([str(ROOT), str(MOMENTS)])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GNNPIPE_CHAOS_PLAN": json.dumps(plan)}
-    process = subprocess.Popen(
-        [*command, "--max-restarts", "1"],
-        cwd=tmp_path,
-        env={**os.environ, **own},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    done = own_session.run(
+        [*command, "--max-restarts", "1"], variables=own, timeout_s=TIMEOUT_S, directory=tmp_path
     )
-    try:
-        out, error = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, error
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "notes" / "strike-0.json").read_text())["epochs"] >= 3
-    assert "going on after epoch 3 with " in error
+    assert "going on after epoch 3 with " in done.stderr
     assert losses(tmp_path / "ray") == losses(tmp_path / "whole")
-    shown = [line for line in error.splitlines() if line.startswith("epoch ")]
+    shown = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
     assert shown[-1].startswith("epoch 008 | loss ")
-    assert out.startswith("best   epoch")
+    assert done.stdout.startswith("best   epoch")
 
 
 LOG = "run.log_every=2"
