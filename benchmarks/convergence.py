@@ -198,7 +198,7 @@ def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
 
 
 class Chunked:
-    """The pipeline itself, chunk by chunk, for several steps in an epoch."""
+    """The pipeline itself, chunk by chunk: exact training, or several steps in an epoch."""
 
     def __init__(self, config: Config, graph: Graph, chunk_id: Any) -> None:
         ways = np.zeros_like(chunk_id)
@@ -218,7 +218,7 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     """The run of a variant; every seed has the same chunks."""
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
-    if config.training.steps_per_epoch > 1:
+    if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1:
         return Chunked(config, graph, chunk_id)
     return Layerwise(config, graph, chunk_id, idea=idea)
 

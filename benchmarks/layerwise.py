@@ -103,9 +103,9 @@ class Layerwise:
         position = torch.empty(self._num_chunks, dtype=torch.int64)
         position[order] = torch.arange(self._num_chunks)
         place = position[self._chunk_id]
-        self._splits = {
+        self._splits = {  # once an epoch for all layers of an operator: their edges are the same
             operator: split(cell, place, config.history.cross_chunk_gradient)
-            for operator, cell in self._operator.values()
+            for operator, cell in dict(self._operator.values()).items()
         }
         self._epoch = epoch
         for memory in self.tables.values():
