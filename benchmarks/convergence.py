@@ -29,7 +29,7 @@ sys.path.append(str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from convergence_cases import GRAPHS, MODELS, VARIANTS  # noqa: E402
-from convergence_table import report  # noqa: E402
+from convergence_table import draw, report  # noqa: E402
 from layerwise import Idea, Layerwise, idea_of, whole_run  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{cell} test {result['test']} val {result['val']} in {result['cpu_s']:.0f} s")
     if options.report is not None:
         options.report.write_text(report(read(path)), encoding="utf-8")
+        if options.plots is not None:
+            draw(read(path), options.plots)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--limit-s", type=float, default=math.inf, help="start no cell after this time")
     add("--report", type=Path, help="write the tables of all finished cells, run nothing")
+    add("--plots", type=Path, help="with --report: a folder for curves of each graph and model")
     return parser.parse_args(argv)
 
 
@@ -193,7 +196,7 @@ def graph_of(config: Config) -> Graph:
 @cache
 def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
     graph = next(graph for key, graph in _GRAPHS.items() if key[0] == name)
-    parts = {"num_chunks": num_chunks, "num_ways": 1, "method": method, "seed": 0}
+    parts: dict[str, Any] = {"num_chunks": num_chunks, "num_ways": 1, "method": method, "seed": 0}
     return assign(graph.indptr, graph.indices, **parts)[0]
 
 

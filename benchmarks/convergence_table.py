@@ -5,18 +5,22 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+Groups = Mapping[tuple[Any, ...], Mapping[tuple[int, str], Mapping[int, Any]]]
+"""Finished cells by (graph, model, layers, hidden, epochs), (chunks, variant) and seed."""
 
 
 def report(found: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: accuracy by variant with paired differences, then gradients and drift."""
-    groups: dict[tuple[Any, ...], dict[tuple[int, str], dict[int, Any]]] = defaultdict(dict)
-    for cell in found:
-        *group, chunks, variant, seed = cell["cell"]
-        groups[tuple(group)].setdefault((chunks, variant), {})[seed] = cell
+    groups = grouped(found)
     lines = [HEAD.format(machine=platform.machine(), torch=torch.__version__)]
+    lines += ["", *summary(groups)]
     for (graph, model, layers, hidden, epochs), variants in sorted(groups.items()):
         lines.append(f"\n## {graph}, {model} {layers} x {hidden}, {epochs} epochs\n")
         lines.append(
@@ -28,6 +32,92 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
         for (chunks, variant), cells_of in sorted(variants.items()):
             lines.append(row(chunks, variant, cells_of, plain))
     return "\n".join(lines) + "\n"
+
+
+def grouped(found: Sequence[Mapping[str, Any]]) -> Groups:
+    """The cells in the order of a report."""
+    groups: dict[tuple[Any, ...], dict[tuple[int, str], dict[int, Any]]] = defaultdict(dict)
+    for cell in found:
+        *group, chunks, variant, seed = cell["cell"]
+        groups[tuple(group)].setdefault((chunks, variant), {})[seed] = cell
+    return groups
+
+
+def summary(groups: Groups) -> list[str]:
+    """Paired differences of cells with at least three seeds, and those of the default pooled."""
+    lines = [
+        "## Against exact training",
+        "",
+        "Test points at best validation, pipeline minus exact, paired by seed; the upper bound is "
+        "the one-sided 95% bound of the mean by Student's t. Epochs: to 99% of exact's best "
+        "validation, mean over the seeds of both that got there, over exact's.",
+        "",
+        "| graph, model | C | variant | n | exact % | difference | upper bound | worst seed "
+        "| epochs ratio |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    pooled = []
+    for (graph, model, layers, hidden, epochs), variants in sorted(groups.items()):
+        plain = variants.get((1, "exact"), {})
+        for (chunks, variant), cells in sorted(variants.items()):
+            seeds = sorted(set(cells) & set(plain))
+            if variant == "exact" or len(seeds) < 3:
+                continue
+            pairs = [100 * (cells[s]["test"] - plain[s]["test"]) for s in seeds]
+            pooled += pairs if variant == "default" else []
+            exact = mean_of([100 * plain[s]["test"] for s in seeds])
+            name = f"{graph}, {model} {layers} x {hidden}, {epochs} epochs"
+            figures = f"{mean_of(pairs)} | {upper_bound(pairs):.2f} | {min(pairs):.1f}"
+            lines.append(
+                f"| {name} | {chunks} | {variant} | {len(seeds)} | {exact} | {figures} "
+                f"| {epochs_ratio(cells, plain, seeds)} |"
+            )
+    if pooled:
+        lines += ["", f"All pairs of the default ({len(pooled)}): {mean_of(pooled)} points."]
+    return lines
+
+
+def upper_bound(pairs: Sequence[float]) -> float:
+    """One-sided 95% confidence bound of the mean: ``mean + t_0.95,n-1 s / sqrt(n)``."""
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return statistics.mean(pairs) + float(student.ppf(0.95, len(pairs) - 1)) * error
+
+
+def epochs_ratio(cells: Mapping[int, Any], plain: Mapping[int, Any], seeds: Sequence[int]) -> str:
+    """Mean epochs to 99% of exact's best validation over exact's own, and who never got there."""
+    own = {s: epochs_to(cells[s]["curve"], plain[s]["val"]) for s in seeds}
+    there = [s for s in seeds if own[s] is not None]
+    missing = f", {len(seeds) - len(there)} not" if len(there) < len(seeds) else ""
+    if not there:
+        return "none there"
+    exact = [epochs_to(plain[s]["curve"], plain[s]["val"]) or math.nan for s in there]
+    mean = statistics.mean(own[s] or math.nan for s in there)
+    return f"{mean / statistics.mean(exact):.2f}{missing}"
+
+
+def draw(found: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """One picture for each graph and model: validation and gradient cosine by epoch."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for group, variants in grouped(found).items():
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (chunks, variant), cells in sorted(variants.items()):
+            curves = [cell["curve"] for cell in cells.values()]
+            epochs = [point[0] for point in curves[0]]
+            means = [100 * statistics.mean(c[i][1] for c in curves) for i in range(len(epochs))]
+            left.plot(epochs, means, label=f"{variant}, C = {chunks}")
+            biases = [
+                {int(e): b["cosine"][-1] for e, b in c["bias"].items()} for c in cells.values()
+            ]
+            shared = sorted(set.intersection(*map(set, biases)))
+            if shared:
+                cosines = [statistics.mean(bias[epoch] for bias in biases) for epoch in shared]
+                right.plot(shared, cosines, marker="o", label=f"{variant}, C = {chunks}")
+        left.set(xlabel="epoch", ylabel="validation, %", title="{} {} {} x {}".format(*group))
+        right.set(xlabel="epoch", ylabel="cosine of the gradient with the exact one", xscale="log")
+        left.legend(fontsize="x-small")
+        graph, model, layers, hidden, _ = group
+        figure.savefig(directory / f"{graph}_{model}_{layers}x{hidden}.png", dpi=120)
 
 
 HEAD = """# Convergence
