@@ -1,6 +1,7 @@
 """What a person watching a run sees: a live display on a terminal, log lines elsewhere."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -34,6 +35,9 @@ class Display(Protocol):
 
     def show(self, record: EpochRecord) -> None:
         """Takes the next epoch."""
+
+    def evaluating(self) -> None:
+        """An evaluation begins; the epoch it belongs to is shown after it."""
 
     def close(self) -> None:
         """Leaves the last epoch visible; a second call does nothing."""
@@ -111,6 +115,9 @@ class LogDisplay:
         if record.epoch % self._log_every == 0:
             self._log_pending()
 
+    def evaluating(self) -> None:
+        """The epoch's line comes when it is over."""
+
     def close(self) -> None:
         """Logs the last epoch if that has not happened."""
         self._log_pending()
@@ -133,6 +140,7 @@ class LiveDisplay:
     def __init__(self, console: Console, *, epochs: int) -> None:
         self._accuracy: Mapping[str, float | None] | None = None
         self._evaluation_s: float | None = None
+        self._sent, self._bars = "", list[Text]()
         # Fits 80 columns.
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -158,12 +166,30 @@ class LiveDisplay:
         evaluation = (
             "" if self._evaluation_s is None else f"  evaluation {self._evaluation_s:.2f} s"
         )
-        line = Text(f"sent {_rate(record)}{evaluation}")
-        self._live.update(Group(self._progress, line, *rank_bars(record)))
+        self._sent, self._bars = f"sent {_rate(record)}", rank_bars(record)
+        self._draw(Text(self._sent + evaluation))
+
+    def evaluating(self) -> None:
+        """Counts the seconds of an evaluation, beside those of the one before."""
+        last = "" if self._evaluation_s is None else f" (last time {self._evaluation_s:.2f} s)"
+        self._draw(_Waiting(f"{self._sent}  evaluating".lstrip(), last))
+
+    def _draw(self, line: "Text | _Waiting") -> None:
+        self._live.update(Group(self._progress, line, *self._bars))
 
     def close(self) -> None:
         """Draws the last state and hands the terminal back."""
         self._live.stop()
+
+
+class _Waiting:
+    """A line that says for how long already, whenever it is drawn."""
+
+    def __init__(self, what: str, rest: str) -> None:
+        self._what, self._rest, self._start_s = what, rest, time.monotonic()
+
+    def __rich__(self) -> Text:
+        return Text(f"{self._what} {time.monotonic() - self._start_s:.0f} s{self._rest}")
 
 
 def rank_bars(record: EpochRecord) -> list[Text]:

@@ -87,7 +87,7 @@ def fit_epochs(run: Run, plan: LoopPlan, request: StopRequest) -> Outcome:
         is_last = epoch == epochs or best.is_exhausted(epoch, config)
         while not is_last:
             epoch += 1
-            record, val = _epoch(run, config, epoch)
+            record, val = _epoch(run, config, epoch, log)
             saver.finish()
             if log and record:
                 log.epoch(record)
@@ -165,7 +165,9 @@ def _wishes(run: Run, request: StopRequest, *, asked_to_end: bool) -> tuple[str 
     return None if first is None else signal.Signals(first).name, end > 0
 
 
-def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, float]:
+def _epoch(
+    run: Run, config: Config, epoch: int, log: RunLog | None
+) -> tuple[EpochRecord | None, float]:
     """One epoch on this rank; the record on rank 0, the validation figure everywhere."""
     is_evaluated = epoch % config.training.eval_every == 0 or epoch == config.training.epochs
     run.usage()  # What was waited for between two epochs, or before the first, is not this one's.
@@ -179,6 +181,8 @@ def _epoch(run: Run, config: Config, epoch: int) -> tuple[EpochRecord | None, fl
     usage = run.usage()
     accuracy, staleness, evaluation_s = None, None, None
     if is_evaluated:
+        if log:
+            log.evaluating()
         start = time.perf_counter()
         accuracy, staleness = run.evaluate(), run.staleness()
         evaluation_s = time.perf_counter() - start

@@ -1,10 +1,15 @@
 """``python -m gnnpipe plan``: profile, predict, choose, show, write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from gnnpipe.config import Config, to_yaml
 from gnnpipe.configured import model_layers
+from gnnpipe.console import working
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import json_text
@@ -20,11 +25,25 @@ from gnnpipe.planning import (
     assumed_shape,
     predict_all,
     profile_of,
-    report,
     shape_of,
 )
 from gnnpipe.room import PROCESS_BYTES, by_purpose, free_bytes, size_text
+from gnnpipe.schedule import draw
 from gnnpipe.trainer import load_data
+
+SHOWN = 12
+MOST_DRAWN = 16
+COLUMNS = {
+    "S": 4,
+    "W": 4,
+    "C": 4,
+    "v": 2,
+    "epoch ms": 11,
+    "bubble": 7,
+    "sent MB": 11,
+    "memory MB": 11,
+}
+"""Of the table, with their widths where it is plain text."""
 
 
 def run_plan(config: Config, request: PlanRequest) -> str:
@@ -37,9 +56,10 @@ def run_plan(config: Config, request: PlanRequest) -> str:
     )
     planner, profile, num_layers, num_nodes = _planner(config, request, links)
     chunks = request.chunks or (*CHUNKS, config.partition.num_chunks)
-    predictions = predict_all(
-        planner, request.ranks, chunks=chunks, num_layers=num_layers, num_nodes=num_nodes
-    )
+    with working("predicting settings"):
+        predictions = predict_all(
+            planner, request.ranks, chunks=chunks, num_layers=num_layers, num_nodes=num_nodes
+        )
     limit = None if request.memory_gb is None else request.memory_gb * 1e9
     best = choose(predictions, memory_bytes=limit)
     if request.picture is not None:
@@ -49,8 +69,64 @@ def run_plan(config: Config, request: PlanRequest) -> str:
     if request.is_json:
         figures = {"best": _figures(best), "why": reason(best, predictions)}
         return json_text(figures | {"settings": [_figures(p) for p in predictions]})
-    table = report(predictions, best, links, profile.note)
-    return f"{table}\n{memory_line(best, request)}"
+    words = (
+        f"costs: {profile.note}; links: {links.bandwidth_gbps:g} Gbit/s, {links.latency_us:g} us",
+        _table(predictions, best, Console()),
+        _picture(best),
+        _verdict(best, predictions),
+        memory_line(best, request),
+    )
+    return "\n".join(words)
+
+
+def _table(predictions: Sequence[Prediction], best: Prediction, console: Console) -> str:
+    """The quickest settings, the chosen one and one rank: in colour on a terminal."""
+    alone = next(p for p in predictions if p.setting.num_ranks == 1)
+    quickest = predictions[:SHOWN]
+    rest = [p for p in predictions[SHOWN:] if p is best or p is alone]
+    rows = [("*" if p is best else " ", _cells(p)) for p in (*quickest, *rest)]
+    foot = f"... of {len(predictions)} settings"
+    if not console.is_terminal:
+        lines = [mark + _plain(row) for mark, row in [(" ", tuple(COLUMNS)), *rows]]
+        return "\n".join([*lines, foot, ""])
+    table = Table("", caption=foot, caption_justify="left", header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for mark, row in rows:
+        table.add_row(mark, *row, style="bold green" if mark == "*" else None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _plain(cells: tuple[str, ...]) -> str:
+    return " ".join(
+        f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)
+    )
+
+
+def _cells(prediction: Prediction) -> tuple[str, ...]:
+    return (
+        *(str(number) for number in prediction.setting),
+        f"{prediction.epoch_s * 1e3:.4g}",
+        f"{prediction.bubble_fraction:.3f}",
+        f"{sum(prediction.comm_bytes.values()) / 1e6:.4g}",
+        f"{prediction.memory_bytes / 1e6:.4g}",
+    )
+
+
+def _picture(best: Prediction) -> str:
+    """The timeline of the chosen setting, with an empty line after it."""
+    S = best.setting.num_stages
+    if S > MOST_DRAWN:
+        return f"({S} stages are too many to draw)\n"
+    return draw(best.timeline, slot_s=best.timeline.makespan_s / 24 or 1.0) + "\n"
+
+
+def _verdict(best: Prediction, predictions: Sequence[Prediction]) -> str:
+    S, W, C, v = best.setting
+    why = reason(best, predictions)
+    return f"* {S} stage(s) x {W} way(s), {C} chunk(s), {v} virtual: {why}"
 
 
 def memory_line(best: Prediction, request: PlanRequest) -> str:
@@ -90,7 +166,8 @@ def _planner(
         planner = Planner(layers, assumed_shape(counts), profile=profile, **sizes)
         return planner, profile, len(layers), counts.num_nodes
     graph = load_data(config)
-    profile = given or profile_of(graph, config)
+    with working("measuring a few layers"):
+        profile = given or profile_of(graph, config)
     if request.save_profile is not None:
         save_profile(profile, request.save_profile)
     layers = model_layers(config, graph)

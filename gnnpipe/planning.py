@@ -1,4 +1,4 @@
-"""From a configuration and a graph to a plan: counts, profile, predictions, and their table."""
+"""From a configuration and a graph to a plan: counts, profile, predictions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,11 +22,9 @@ from gnnpipe.planner import (
     Setting,
     WayShape,
     choose,
-    reason,
     settings,
 )
 from gnnpipe.profiling import measure
-from gnnpipe.schedule import draw
 from gnnpipe.volume import MirrorCounts
 from partition import assign
 
@@ -34,7 +32,6 @@ CHUNKS = (4, 8, 16, 32, 64)
 PROFILE_CHUNKS = (4, 24)
 PROFILE_LAYERS = 2
 MIRROR_CONSTANT = 0.26
-SHOWN = 12
 
 
 class Counts(NamedTuple):
@@ -159,43 +156,6 @@ def applied(config: Config, setting: Setting) -> Config:
     )
     partition = dataclasses.replace(config.partition, num_chunks=setting.num_chunks)
     return dataclasses.replace(config, parallel=parallel, partition=partition)
-
-
-def report(predictions: Sequence[Prediction], best: Prediction, links: Links, note: str) -> str:
-    """The table, the picture of the chosen setting, and why."""
-    head = "    S    W    C  v    epoch ms  bubble     sent MB   memory MB"
-    rows = [_row(p, is_best=p is best) for p in predictions[:SHOWN]]
-    if best not in predictions[:SHOWN]:
-        rows.append(_row(best, is_best=True))
-    alone = next(p for p in predictions if p.setting.num_ranks == 1)
-    if alone not in predictions[:SHOWN] and alone is not best:
-        rows.append(_row(alone, is_best=False))
-    picture = draw(best.timeline, slot_s=best.timeline.makespan_s / 24 or 1.0)
-    S, W, C, v = best.setting
-    return "\n".join(
-        [
-            f"costs: {note}; links: {links.bandwidth_gbps:g} Gbit/s, {links.latency_us:g} us",
-            head,
-            *rows,
-            f"... of {len(predictions)} settings",
-            "",
-            picture if S <= MOST_DRAWN else f"({S} stages are too many to draw)",
-            "",
-            f"* {S} stage(s) x {W} way(s), {C} chunk(s), {v} virtual: {reason(best, predictions)}",
-        ]
-    )
-
-
-MOST_DRAWN = 16
-
-
-def _row(prediction: Prediction, *, is_best: bool) -> str:
-    S, W, C, v = prediction.setting
-    sent = sum(prediction.comm_bytes.values()) / 1e6
-    return (
-        f"{'*' if is_best else ' '}{S:>4} {W:>4} {C:>4} {v:>2} {prediction.epoch_s * 1e3:>11.4g}"
-        f" {prediction.bubble_fraction:>7.3f} {sent:>11.4g} {prediction.memory_bytes / 1e6:>11.4g}"
-    )
 
 
 def _cut(graph: Graph, config: Config, num_chunks: int) -> ChunkedGraph:

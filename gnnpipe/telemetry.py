@@ -173,6 +173,10 @@ class RunLog:
         self._metrics.flush()
         self._display.show(record)
 
+    def evaluating(self) -> None:
+        """Says that the current epoch is being evaluated."""
+        self._display.evaluating()
+
     def finish(self, extras: Mapping[str, Any]) -> dict[str, Any]:
         """Ends the run well: writes ``summary.json``.
 
@@ -195,6 +199,7 @@ class _Follower:
     """The process that writes TensorBoard's files out of what the run directory holds."""
 
     def __init__(self, directory: Path, *, partition: str | None, num_done: int) -> None:
+        self._directory = directory
         command = [sys.executable, "-P", "-m", "gnnpipe.follower", str(directory.resolve())]
         command += ["--done", str(num_done)]
         if partition is not None:
@@ -217,12 +222,20 @@ class _Follower:
         wait_s = FOLLOWER_WAIT_S if self.is_finished else FOLLOWER_WAIT_S / 10
         with suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._child.communicate(b"finished" if self.is_finished else b"", wait_s)
+        why = None
         if self._child.poll() is None:
+            why = f"the process that writes them was not ready after {wait_s:g} s"
             self._child.kill()
             self._child.wait()
         with self._complaint as file:
             file.seek(0)
             words = file.read().decode(errors="replace").split("\n")
         if self._child.returncode:
-            why = next((line for line in reversed(words) if line.strip()), "it was ended")
-            logger.warning("TensorBoard files are incomplete: %s", why)
+            why = why or next((line for line in reversed(words) if line.strip()), None)
+            why = why or f"the process that writes them ended with {self._child.returncode}"
+            logger.warning(
+                "TensorBoard files are incomplete: %s; nothing else is missing,"
+                " `python -m gnnpipe report %s` draws the whole run",
+                why,
+                self._directory,
+            )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,8 +219,11 @@ def set_threads(config: Config, world_size: int, start: Start | None = None) -> 
     threads = resolve_threads(config, world_size)
     if start is not None:
         threads = checked_threads(start.state, config, threads)
-    # numba cannot have more than it was started with.
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    # numba cannot have more than it was started with. It reads the variable again before it
+    # compiles, and fails when it finds another number there.
+    started_with: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    os.environ["NUMBA_NUM_THREADS"] = str(started_with)
+    numba.set_num_threads(min(threads, started_with))
     torch.set_num_threads(threads)
     return threads
 

@@ -56,7 +56,8 @@ def _run_ray(options: argparse.Namespace) -> int:
     preflight.check_writable(config.run.dir, "run.dir")
     from launch.cluster import Job, run_on_cluster
 
-    return run_on_cluster(config, Job(options.address, options.max_restarts, cpus, fewest))
+    job = Job(options.address, options.max_restarts, cpus, fewest, options.quiet)
+    return run_on_cluster(config, job)
 
 
 def _run_local(options: argparse.Namespace) -> int:
@@ -162,6 +163,7 @@ def _add_ray(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     parser.add_argument("--address", metavar="A", help="of a cluster, such as ray://head:10001")
     parser.add_argument(
         "--max-restarts",

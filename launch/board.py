@@ -66,7 +66,7 @@ def train_rank(job: Mapping[str, Any]) -> None:
     """Trains as one rank; Ray has joined it with the others.
 
     Args:
-        job: ``config`` and ``board``.
+        job: ``config``, ``board``, ``is_quiet``.
     """
     # Ray ships this function to workers whose threads are settled; torch loads here.
     from gnnpipe.trainer import Trainer
@@ -76,7 +76,7 @@ def train_rank(job: Mapping[str, Any]) -> None:
     if os.environ.get("RANK") == "0":
         os.environ[RESTARTS_VARIABLE] = str(ray.get(board.start.remote()))
         logger = logging.getLogger("gnnpipe")
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.WARNING if job["is_quiet"] else logging.INFO)
         logger.addHandler(BoardHandler(board))
         logger.propagate = False
     try:
@@ -84,5 +84,5 @@ def train_rank(job: Mapping[str, Any]) -> None:
     except UserError as error:
         ray.get(board.refuse.remote(str(error)))
         return
-    if summary:
+    if summary and not job["is_quiet"]:
         ray.get(board.put.remote("out", summary_text(summary, config.run.dir)))

@@ -54,6 +54,8 @@ class Job(NamedTuple):
     """None: the threads of a rank."""
     min_ranks: int | None = None
     """Fewest ranks to go on with while hosts are missing; None waits for all."""
+    is_quiet: bool = False
+    """Whether only warnings and errors are shown."""
 
 
 def run_on_cluster(config: Config, job: Job) -> int:
@@ -92,7 +94,8 @@ def run_on_cluster(config: Config, job: Job) -> int:
         run_config = RunConfig(**options)
         with _shown(board, out):
             scaling = _scaling(config, resources, job.min_ranks)
-            status = _fit(config, scaling, run_config, board=board)
+            work = {"config": to_dict(config), "board": board, "is_quiet": job.is_quiet}
+            status = _fit(work, scaling, run_config, timeout_s=config.run.timeout_s)
         if mistake := ray.get(board.mistake.remote()):
             raise UserError(mistake)
     return status
@@ -168,14 +171,16 @@ def _actor(cls: Any) -> Any:  # Any: Ray makes up the types of actors
     return ray.remote(num_cpus=0)(cls).remote()
 
 
-def _fit(config: Config, scaling: ScalingConfig, run_config: RunConfig, *, board: Any) -> int:
+def _fit(
+    work: dict[str, Any], scaling: ScalingConfig, run_config: RunConfig, *, timeout_s: float
+) -> int:
     trainer = TorchTrainer(
         train_rank,
-        train_loop_config={"config": to_dict(config), "board": board},
+        train_loop_config=work,
         scaling_config=scaling,
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo",
-            timeout_s=int(max(1, config.run.timeout_s)),
+            timeout_s=int(max(1, timeout_s)),
         ),
         run_config=run_config,
     )

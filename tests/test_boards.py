@@ -224,7 +224,8 @@ def test_a_run_does_not_wait_for_pictures_forever(
     with begin(tmp_path, None) as log:
         log.epoch(record(1))
         log.finish(EXTRAS)
-    assert "TensorBoard files are incomplete: it was ended" in caplog.text
+    assert "incomplete: the process that writes them was not ready after 0.01 s" in caplog.text
+    assert f"`python -m gnnpipe report {tmp_path}` draws the whole run" in caplog.text
 
 
 # --- what they are made of

@@ -1,5 +1,6 @@
 """The local launcher: environment of the ranks, statuses, and that no child is left behind."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gnnpipe.environment import child_environment
+from gnnpipe.config import Config, load_config, to_dict
+from gnnpipe.environment import RESTARTS_VARIABLE, child_environment
 from launch.__main__ import main
 from launch.local import run_local
 
@@ -291,3 +295,55 @@ def test_module_is_a_program_in_any_directory(here: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: `--nproc` (=3) must equal")
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_a_quiet_job_leaves_warnings_only(is_quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import board
+
+    logger = logging.getLogger("gnnpipe")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    left = board.Board()
+
+    class Fitted:
+        def __init__(self, config: Config, **options: object) -> None:
+            """Trains nothing."""
+
+        def fit(self) -> dict[str, object]:
+            logger.info("an epoch")
+            logger.warning("look here")
+            return {"best_epoch": 1}
+
+    class Remote:
+        """Ray's handle of an actor, in this process."""
+
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=getattr(left, name))
+
+    monkeypatch.setattr("gnnpipe.trainer.Trainer", Fitted)
+    monkeypatch.setattr(board, "summary_text", lambda summary, directory: "the summary")
+    monkeypatch.setattr(board, "ray", SimpleNamespace(get=lambda value: value))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(RESTARTS_VARIABLE, "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    try:
+        config = to_dict(load_config(None, []))
+        board.train_rank({"config": config, "board": Remote(), "is_quiet": is_quiet})
+    finally:
+        logger.level, logger.propagate, logger.handlers = before
+    warning = ("err", "look here")
+    all_lines = [("err", "an epoch"), warning, ("out", "the summary")]
+    assert left.take() == ([warning] if is_quiet else all_lines)
+
+
+def test_quiet_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+
+    def run(config: Config, job: Any) -> int:
+        jobs.append(job)
+        return 0
+
+    monkeypatch.setattr("launch.cluster.run_on_cluster", run)
+    for option in ([], ["--quiet"]):
+        assert main(["ray", f"run.dir={tmp_path / 'run'}", *option]) == 0
+    assert [job.is_quiet for job in jobs] == [False, True]

@@ -3,11 +3,13 @@
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from combinations import COMMON
+from rich.console import Console
 
 from gnnpipe import plan_command
 from gnnpipe.cli import main
@@ -249,6 +251,25 @@ def test_command_measures_prints_and_writes(
     text = capsys.readouterr().out
     assert "epoch ms" in text
     assert "rank 0  " in text
+
+
+def test_the_table_is_ruled_on_a_terminal_and_plain_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    found = []
+    for is_terminal in (False, True):
+        console = partial(Console, force_terminal=is_terminal, width=100, no_color=True)
+        monkeypatch.setattr(plan_command, "Console", console)
+        assert run("--shape", "ogbn-arxiv", *SHORT) == 0
+        found.append(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+    plain, ruled = found
+    chosen = next(line for line in plain.splitlines() if line.startswith("*"))
+    assert ["*", *re.findall(r"\S+", chosen[1:])] == re.findall(
+        r"[^\s\u2502]+", next(line for line in ruled.splitlines() if "\u2502 * \u2502" in line)
+    )
+    assert "\u2502" not in plain
+    assert re.findall(r"[.]{3} of \d+ settings", plain) == re.findall("[.]{3} .* settings", ruled)
 
 
 def test_command_knows_shapes_without_a_graph(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gnnpipe.console import be_quiet, rank_bars, show_table, working
+from gnnpipe.console import LiveDisplay, be_quiet, rank_bars, show_table, working
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import Tally, json_text, metrics_line
 from gnnpipe.telemetry import (
@@ -315,6 +315,24 @@ def test_a_terminal_shows_progress_and_every_rank_in_80_columns(
     assert first == "rank 0   " + "#" * 16 + "." * 14 + "  busy  55%    0.00 GB"
     assert second == "rank 1   " + "#" * 30 + "  busy 100%    0.00 GB"
     assert logged(caplog) == []
+
+
+@pytest.mark.usefixtures("_loud")
+def test_a_terminal_shows_that_an_epoch_is_being_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = iter(range(100, 1000, 7))
+    monkeypatch.setattr("gnnpipe.console.time.monotonic", lambda: next(now_s))
+    console, screen = terminal()
+    display = LiveDisplay(console, epochs=200)
+    display.evaluating()
+    display.close()
+    assert re.search(r"^evaluating \d+ s", screen.getvalue(), re.MULTILINE)
+    with run_log(tmp_path, epochs=200, console=console) as log:
+        log.epoch(record(1, evaluation_s=0.5))
+        log.evaluating()
+    shown = re.search(r"sent 0.0 MB/s  evaluating \d+ s \(last time 0.50 s\)", screen.getvalue())
+    assert shown
 
 
 def test_only_the_first_ranks_get_a_bar() -> None:
