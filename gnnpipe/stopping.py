@@ -32,13 +32,16 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(*, is_on: bool = True) -> Iterator[StopRequest]:
+def stop_requests(
+    *, is_on: bool = True, request: StopRequest | None = None
+) -> Iterator[StopRequest]:
     """Notes SIGTERM and SIGINT instead of dying of them, in the main thread.
 
     Args:
         is_on: False leaves the signals what they are.
+        request: where to note them, if somebody else may ask as well; None makes one.
     """
-    request = StopRequest()
+    request = request or StopRequest()
     if not is_on or threading.current_thread() is not threading.main_thread():
         yield request
         return

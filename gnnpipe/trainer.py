@@ -53,6 +53,7 @@ class Trainer:
             modules that map rows, convolutions of torch_geometric, layers of the pipeline.
         on_epoch_end: called on rank 0 with every epoch's figures; one that returns True ends the
             training after this epoch.
+        request: by which this program, too, may ask the run to stop.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         graph: Any = None,  # Graph, or PyG's Data, which has no types
         layers: Sequence[nn.Module] | None = None,
         on_epoch_end: Sequence[EpochEnd] = (),
+        request: StopRequest | None = None,
     ) -> None:
         self.config = config
         if graph is not None:
@@ -70,6 +72,7 @@ class Trainer:
         self._layers = layers
         self._adapted: Sequence[Layer] | None = None
         self._on_epoch_end = on_epoch_end
+        self._request = request
 
     def fit(self) -> dict[str, Any]:
         """Trains and returns the summary; on ranks other than 0 it is empty.
@@ -81,7 +84,7 @@ class Trainer:
         """
         config = self.config
         with (
-            stop_requests(is_on=config.checkpoint.every > 0) as request,
+            stop_requests(is_on=config.checkpoint.every > 0, request=self._request) as request,
             join(device=config.device, timeout_s=config.run.timeout_s) as world,
             world.failing_together(),
         ):

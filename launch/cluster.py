@@ -21,7 +21,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from gnnpipe import preflight
 from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.environment import child_environment
-from gnnpipe.errors import UserError
+from gnnpipe.errors import Stopped, UserError
+from gnnpipe.stopping import StopRequest, stop_requests
 from launch.board import Board, train_rank
 
 NOTES_DIR = "ray"
@@ -70,6 +71,7 @@ def run_on_cluster(config: Config, job: Job) -> int:
 
     Raises:
         UserError: what the user can mend.
+        Stopped: SIGTERM or Ctrl-C asked for it; a checkpoint has been written.
     """
     config = with_absolute_paths(config)
     threads = preflight.resolve_threads(config, config.world_size)
@@ -92,12 +94,16 @@ def run_on_cluster(config: Config, job: Job) -> int:
             "worker_runtime_env": {} if is_ours else {"env_vars": variables},
         }
         run_config = RunConfig(**options)
-        with _shown(board, out):
+        is_kept = config.checkpoint.every > 0
+        # Not before Ray has started: it sets a handler of its own.
+        with stop_requests(is_on=is_kept) as request, _shown(board, out, request):
             scaling = _scaling(config, resources, job.min_ranks)
             work = {"config": to_dict(config), "board": board, "is_quiet": job.is_quiet}
             status = _fit(work, scaling, run_config, timeout_s=config.run.timeout_s)
         if mistake := ray.get(board.mistake.remote()):
             raise UserError(mistake)
+        if stopped := ray.get(board.stopped.remote()):
+            raise Stopped(*stopped)
     return status
 
 
@@ -171,10 +177,17 @@ def _actor(cls: Any) -> Any:  # Any: Ray makes up the types of actors
     return ray.remote(num_cpus=0)(cls).remote()
 
 
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to us: Ray's own handler ends the ranks where they are."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Does nothing."""
+
+
 def _fit(
     work: dict[str, Any], scaling: ScalingConfig, run_config: RunConfig, *, timeout_s: float
 ) -> int:
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_rank,
         train_loop_config=work,
         scaling_config=scaling,
@@ -243,8 +256,8 @@ def _without_noise() -> Iterator[None]:
 
 
 @contextmanager
-def _shown(board: Any, out: TextIO) -> Iterator[None]:
-    """Writes what rank 0 logs to stderr, and its last words to ``out``."""
+def _shown(board: Any, out: TextIO, request: StopRequest) -> Iterator[None]:
+    """Writes what rank 0 logs to stderr, its last words to ``out``; passes on a wish to stop."""
     is_over = threading.Event()
 
     def show() -> None:
@@ -253,8 +266,11 @@ def _shown(board: Any, out: TextIO) -> Iterator[None]:
 
     def follow() -> None:
         with suppress(ray.exceptions.RayError):  # The driver tells what became of the job.
+            is_told = False
             while not is_over.wait(POLL_S):
                 show()
+                if request.signal is not None and not is_told:
+                    is_told = ray.get(board.ask.remote(int(request.signal))) is None
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import own_session
@@ -49,6 +52,42 @@ def test_a_job_whose_worker_is_killed_goes_on_and_has_the_losses_of_one_process(
 
 
 LOG = "run.log_every=2"
+
+
+def test_a_signal_to_the_driver_leaves_a_checkpoint(tmp_path: Path) -> None:
+    write_ring(tmp_path)
+    directory = tmp_path / "ray"
+    run = ring_run(tmp_path, directory, "checkpoint.every=100000")
+    command = [sys.executable, "-P", "-m", "launch", "ray", *run, "training.epochs=100000"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not (directory / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline_s
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        out, error = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    done = len(losses(directory))
+    assert process.returncode == 0, error
+    assert f"stopped by SIGTERM after epoch {done}; the same command goes on" in error
+    assert (out, "Traceback" in error) == ("", False)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == [f"epoch-{done:06d}"]
+    epochs = f"training.epochs={done + 2}"
+    train_on([*run, epochs])
+    train_on(ring_run(tmp_path, tmp_path / "whole", "checkpoint.every=100000", epochs))
+    assert losses(directory) == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

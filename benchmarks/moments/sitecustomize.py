@@ -57,6 +57,9 @@ class Watcher:
             if self._is_to_begin and event == "return" and argument is not None:  # No exception.
                 self._is_to_begin = False
                 self._note("begin", {"epoch": frame.f_locals["epoch"]})
+        if self._strike is None and not self._is_to_begin:
+            sys.setprofile(None)  # Nothing more to see in this attempt: go on at full speed.
+            threading.setprofile(None)
         if self._strike is None or self._num_epochs < self._strike["epoch"]:
             return
         thread = threading.get_ident()
