@@ -20,6 +20,7 @@ from gnnpipe.link_task import Link
 from gnnpipe.links import link_graph
 from gnnpipe.losses import Targets
 from gnnpipe.metrics import read_metrics
+from gnnpipe.order import chunk_order, step_bounds
 from gnnpipe.trainer import Trainer
 
 WIDTH = 8
@@ -74,6 +75,39 @@ def test_numbers_do_not_depend_on_the_stages() -> None:
     assert one.evaluate() == three.evaluate()
     weights = weights_of(three)
     assert all(torch.equal(weight, weights[key]) for key, weight in weights_of(one).items())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_step_counts_the_pairs_whose_ends_it_holds(steps: int) -> None:
+    graph, chunk_id = link_graph(woven(), channels=WIDTH), np.arange(24) % 6
+    # Weights stand still, so all that a step reads is exact, fresh or not.
+    config = configured(steps_per_epoch=steps, dropout=0.0, lr=1e-30, weight_decay=0.0)
+    run, plain = pipeline(graph, config, chunk_id.tolist()), reference(graph, configured())
+    scores = plain.reference.evaluate()
+    task = Link(graph, seed=config.seed)
+    for epoch in (1, 2):
+        order, bounds = chunk_order(config.seed, epoch, 6, kind="shuffled"), step_bounds(6, steps)
+        step_of = np.searchsorted(bounds, np.argsort(order)[chunk_id], side="right")
+        task.start_step(epoch)
+        source, target = task._ends.T
+        is_counted = torch.from_numpy(step_of)[source] == torch.from_numpy(step_of)[target]
+        assert bool(is_counted.all()) == (steps == 1)
+        dot = (scores[source] * scores[target]).sum(dim=1)
+        each = functional.binary_cross_entropy_with_logits(
+            dot, task._is_edge.to(dot), reduction="none"
+        )
+        wanted = float((each * is_counted).sum() / len(each))
+        assert run.train_epoch(epoch) == pytest.approx(wanted, rel=0, abs=1e-12)
+
+
+def test_steps_learn_links_and_do_not_depend_on_the_stages() -> None:
+    graph = link_graph(woven(), channels=WIDTH)
+    one, three = (
+        pipeline(graph, configured(virtual_stages=v, steps_per_epoch=2), striped(graph, 4))
+        for v in (1, 3)
+    )
+    assert losses(one, 4) == losses(three, 4)
+    assert all(torch.equal(w, weights_of(three)[key]) for key, w in weights_of(one).items())
 
 
 def test_pairs_across_chunks_count_and_reach_both_ends() -> None:
