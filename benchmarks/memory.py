@@ -35,7 +35,13 @@ from gnnpipe.configured import model_layers
 from gnnpipe.datasets import load_graph
 from gnnpipe.environment import end_with_parent
 from gnnpipe.graph import Graph
-from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.memory import (
+    FeatureCounts,
+    MemoryBytes,
+    WayCounts,
+    predict_memory_bytes,
+    storage_of,
+)
 from gnnpipe.mesh import Mesh
 from gnnpipe.preflight import thread_variables
 from gnnpipe.runs import PipelineRun
@@ -197,11 +203,11 @@ def _predict(config: Config, chunked: ChunkedGraph, world: World) -> MemoryBytes
             num_edges=graph.incoming.indices.size,
             is_symmetric=graph.outgoing is graph.incoming,
             largest_chunk=int(np.diff(graph.chunk_ptr).max()),
+            is_closed=mesh.num_ways == chunked.num_chunks == 1,
         ),
         features=FeatureCounts(chunked.num_features, None if is_dense else part.nnz),
         num_chunks=chunked.num_chunks,
-        period=config.history.period,
-        element_bytes=4,
+        storage=storage_of(config),
     )
 
 

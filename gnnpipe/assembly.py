@@ -42,6 +42,8 @@ class Plan(NamedTuple):
     late_gradient: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
+    memory: str = "keep"
+    """Where what backwards need comes from: ``keep``, ``recompute`` or ``offload``."""
     is_trained: bool = True
     """Whether the engine trains; one that only evaluates holds no tables."""
 
@@ -105,6 +107,7 @@ def build_engine(
             halo=comm,
             seed=plan.seed,
             factor=plan.cross_chunk_gradient,
+            mode=plan.memory,
         )
     cuts = [None, *(cut_before(layers, bound) for bound in bounds[1:-1])]
     steps, virtual = plan.steps, plan.virtual_stages
@@ -123,6 +126,7 @@ class _StageBuilder:
         self._plan = plan
         self._like = like
         self._cells: dict[str, Cells] = {}
+        self._scratch: dict[tuple[bool, int], Tensor] = {}
 
     def layer(self, index: int, layer: Layer) -> LocalLayer:
         """Initialises a layer without storage and gives it cells and a table."""
@@ -135,10 +139,10 @@ class _StageBuilder:
                 self._graph, operator=operator, dtype=like.dtype, device=like.device
             )
         with AskingFor("table", f"the table of layer {index}"):
-            table = self._table(layer)
+            table = self._table(layer, self._cells[operator])
         return LocalLayer(index, layer, self._cells[operator], table)
 
-    def _table(self, layer: Layer) -> Table | None:
+    def _table(self, layer: Layer, cells: Cells) -> Table | None:
         if layer.operator == "none":
             return None
         graph = self._graph
@@ -166,7 +170,23 @@ class _StageBuilder:
             period=self._plan.period,
             recall=recall,
             late=late,
+            scratch=self._shared_gradients(layer, cells, num_gradients),
         )
+
+    def _shared_gradients(self, layer: Layer, cells: Cells, num_rows: int) -> Tensor | None:
+        """Memory for the gradients of all layers alike, where one is done with it before the next.
+
+        It is so where no chunk reads another's rows, and what lies there from a forward to its
+        backward, an aggregation's result, is computed again.
+        """
+        plan = self._plan
+        runs_again = plan.is_trained and plan.memory == "recompute" and layer.can_run_again
+        if not runs_again or not cells.are_closed:
+            return None
+        key = layer.operator.startswith("edges"), layer.table_channels
+        if key not in self._scratch:
+            self._scratch[key] = self._like.new_zeros((num_rows, layer.table_channels))
+        return self._scratch[key]
 
 
 def _check_aggregates(layer: Layer, factor: float) -> None:

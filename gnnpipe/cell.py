@@ -70,7 +70,7 @@ class Cell(NamedTuple):
     forward_halves: "Halves"
     backward_halves: "Halves"
     is_closed: bool
-    """Whether the backward reads no row of another cell."""
+    """Whether no row is read from another cell."""
 
 
 class Halves(NamedTuple):
@@ -89,6 +89,11 @@ class Cells(NamedTuple):
     whole: Cell
     mirror_id: Tensor
     """Original ids of all in-mirrors, int64."""
+
+    @property
+    def are_closed(self) -> bool:
+        """Whether no chunk reads a row of another one: a table's rows are its own business."""
+        return all(cell.is_closed for cell in self.chunks)
 
 
 def build_cells(
@@ -141,6 +146,7 @@ class _Builder:
         out_mirrors = self._mirror_rows(graph.out_mirrors.cell_ptr, first, last)
         forward = None if self.forward is None else self.forward.rows(start, end)
         backward = None if self.backward is None else self.backward.rows(start, end)
+        edges = self._edges(first, last) if self.operator.startswith("edges") else None
         chunks = range(first, last)
         return Cell(
             place=(first, graph.way),
@@ -150,12 +156,12 @@ class _Builder:
             node_id=self.node_id[start:end],
             forward=forward,
             backward=backward,
-            edges=self._edges(first, last) if self.operator.startswith("edges") else None,
+            edges=edges,
             in_exchanges=[e for c in chunks for e in self._exchanges(c, is_incoming=True)],
             out_exchanges=[e for c in chunks for e in self._exchanges(c, is_incoming=False)],
             forward_halves=_halves(forward, in_mirrors),
             backward_halves=_halves(backward, out_mirrors),
-            is_closed=backward is not None and _is_closed(backward, start, end),
+            is_closed=_is_closed(edges if backward is None else backward, start, end),
         )
 
     def _mirror_rows(self, cell_ptr: Array, first: int, last: int) -> slice:
@@ -266,8 +272,10 @@ class _Builder:
         return found
 
 
-def _is_closed(block: RowBlock, start: int, end: int) -> bool:
+def _is_closed(block: RowBlock | Edges | None, start: int, end: int) -> bool:
     """Whether all columns of a block lie in ``start:end``."""
+    if not isinstance(block, RowBlock):
+        return block is None or block.halo.numel() == 0
     entries = block.indices[int(block.indptr[0]) : int(block.indptr[-1])]
     return bool(((entries >= start) & (entries < end)).all())
 

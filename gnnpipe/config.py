@@ -25,6 +25,7 @@ from gnnpipe.sections import (
     CommConfig,
     DataConfig,
     HistoryConfig,
+    MemoryConfig,
     ModelConfig,
     ParallelConfig,
     PartitionConfig,
@@ -78,6 +79,12 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 }
 
 
+NO_OFFLOAD = (
+    "must be keep or recompute on a CPU, where there is no other memory to move anything to; take "
+    "recompute"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run, completely: what ``config.yaml`` in a run directory holds."""
@@ -96,6 +103,7 @@ class Config:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     history: HistoryConfig = dataclasses.field(default_factory=HistoryConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -110,6 +118,8 @@ class Config:
         )
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
+        if self.device == "cpu":
+            require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
         if self.task.kind == "link" and self.parallel.num_ways > 1:
             raise UserError(
                 f"`parallel.num_ways` (={self.parallel.num_ways}) must be 1 with `task.kind` "

@@ -57,6 +57,8 @@ class Table:
         period: epochs between refreshes of the historical values, see :meth:`start_epoch`.
         recall: what is remembered instead of the last values.
         late: last epoch's gradients, of an aggregation.
+        scratch: memory for the gradients that other tables use too; only where no chunk reads
+            another's rows, and where a layer's forward is run again before its backward.
     """
 
     def __init__(
@@ -69,9 +71,13 @@ class Table:
         period: int,
         recall: Recall | None = None,
         late: LateGradients | None = None,
+        scratch: Tensor | None = None,
     ) -> None:
         self.values = like.new_zeros((num_values, channels))
-        self.gradients = like.new_zeros((num_gradients, channels))
+        self.is_shared = scratch is not None
+        if scratch is None:
+            scratch = like.new_zeros((num_gradients, channels))
+        self.gradients = scratch
         self.gate = like.new_zeros(num_gradients)
         """Factor of each gradient row for its readers, 0 before it is known."""
         self.drift: Tensor | None = None
@@ -148,22 +154,48 @@ class Table:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all arrays, bytes."""
-        arrays = [self.values, self.gradients]
+        """Memory of all arrays of its own, bytes."""
+        arrays = [self.values, *([] if self.is_shared else [self.gradients])]
         arrays += [] if self._snapshot is None else [self._snapshot]
         arrays += [] if self.recall is None else self.recall.arrays
         arrays += [] if self.late is None else [self.late.rows]
         return sum(array.numel() * array.element_size() for array in arrays)
 
 
-class Reader:
-    """Reads and writes one table for one cell, under autograd."""
+class Kept:
+    """What the forward of a chunk leaves for being run again: tables will have moved on by then.
 
-    def __init__(self, table: Table, cell: Cell, halo: Halo, *, factor: float) -> None:
+    An aggregation's rows lie in the table until its backward. Where no chunk reads another's rows
+    they are not kept: the values that they were made of are still those.
+    """
+
+    def __init__(self) -> None:
+        self.is_again = False
+        """Whether the forward has run, and what runs now is its repetition."""
+        self.halo: Tensor | None = None
+        """The rows of other cells that a gather has read."""
+
+
+class Reader:
+    """Reads and writes one table for one cell, under autograd.
+
+    Args:
+        table: the layer's.
+        cell: whose rows.
+        halo: moves rows between ways.
+        factor: multiplies gradients that cross chunks.
+        kept: None where the forward will not be run again.
+    """
+
+    def __init__(
+        self, table: Table, cell: Cell, halo: Halo, *, factor: float, kept: Kept | None = None
+    ) -> None:
         self.table = table
         self.cell = cell
         self.halo = halo
         self.factor = factor
+        self.kept = kept
+        self.is_again = kept is not None and kept.is_again
         self._is_kept = False
 
     def aggregate(self, x: Tensor) -> Tensor:
@@ -179,7 +211,7 @@ class Reader:
     def keep(self, x: Tensor) -> None:
         """Keeps rows that are about to be dropped out and written, for the next epoch."""
         recall = self.table.recall
-        if recall is not None and recall.is_taking and recall.is_clean:
+        if recall is not None and recall.is_taking and recall.is_clean and not self.is_again:
             recall.take(self.cell.rows, x.detach())
             self._is_kept = True
 
@@ -197,6 +229,8 @@ class Reader:
             Waits until the other ways' rows of the chunk have arrived here.
         """
         rows, recall = self.table.values[self.cell.rows], self.table.recall
+        if self.is_again:
+            return lambda: None
         if recall is not None and recall.is_taking and not self._is_kept:
             recall.take(self.cell.rows, x)
         if is_same_memory(rows, x):
@@ -214,11 +248,15 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
         ctx.reader = reader
-        cell, wait = reader.cell, reader.write(x.detach())
+        cell, table, wait = reader.cell, reader.table, reader.write(x.detach())
         assert cell.forward is not None
-        gradients = reader.table.gradients
-        out = alias(gradients, cell.rows) if gradients.shape[0] else None
-        return _overlapped(cell.forward, cell.forward_halves, reader.table.values, wait, out=out)
+        out = alias(table.gradients, cell.rows) if table.gradients.shape[0] else None
+        if out is not None and reader.is_again and not table.is_shared:
+            return out
+        out = _overlapped(cell.forward, cell.forward_halves, table.values, wait, out=out)
+        # A layer may change what it gets; what it will get again must stay as it is.
+        is_pristine = reader.kept is not None and not table.is_shared
+        return out.clone() if is_pristine else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -289,7 +327,12 @@ class _Gather(torch.autograd.Function):
         ctx.reader = reader
         reader.write(x.detach())()
         assert reader.cell.edges is not None
-        return torch.cat((x.detach(), reader.table.values[reader.cell.edges.halo]))
+        halo = reader.kept.halo if reader.kept is not None else None
+        if halo is None:
+            halo = reader.table.values[reader.cell.edges.halo]
+        if reader.kept is not None:
+            reader.kept.halo = halo
+        return torch.cat((x.detach(), halo))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -3,7 +3,8 @@
 With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per number::
 
     tables       b sum over the stage's tables of width (n + m_in  +  n + m_out)
-    activations  b sum over the stage's layers and chunks of what autograd keeps of the rows
+    activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
+                 of layers that run again their input, if no table holds it, and carried rows
     records      RECORD_BYTES for each layer and chunk: autograd's nodes, small tensors, objects
     adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
     features     the first stage's input rows
@@ -12,14 +13,20 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
                  over the stage's cuts, which are held until the epoch's end
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
 
+``memory.mode: recompute`` runs a layer again, so its graph of one chunk at a time is working
+memory; where no chunk reads another's rows, the gradients' half of the tables is one table's.
+``offload`` holds activations on the host, where this formula does not look.
+
 An evaluation needs its temporaries when no activations and messages are held: the larger counts.
 All but parameters and records shrink with W, and all but features and adjacency with S. The
 formulas count what is in use; what an allocator keeps beyond that is not in them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gnnpipe.config import Config
 from gnnpipe.shapes import LayerShape, num_parameters
 
 RECEIVES_AHEAD = 6
@@ -51,6 +58,8 @@ class WayCounts(NamedTuple):
     """Whether outgoing edges share the arrays of the incoming ones."""
     largest_chunk: int
     """Most own rows of one chunk."""
+    is_closed: bool = False
+    """Whether no chunk reads another's rows, as one chunk on one way does not."""
 
 
 class FeatureCounts(NamedTuple):
@@ -59,6 +68,26 @@ class FeatureCounts(NamedTuple):
     num_channels: int
     num_entries: int | None
     """Stored entries if sparse, None if dense."""
+
+
+class Storage(NamedTuple):
+    """How a rank holds its numbers."""
+
+    element_bytes: int = 4
+    """Of one number."""
+    period: int = 1
+    """Epochs between snapshots; above 1 tables have a second copy of their values."""
+    mode: str = "keep"
+    """``memory.mode``."""
+
+
+def storage_of(config: Config) -> Storage:
+    """What a configuration asks for."""
+    element_bytes = 8 if config.model.dtype == "float64" else 4
+    return Storage(element_bytes, config.history.period, config.memory.mode)
+
+
+PLAIN = Storage()
 
 
 class MemoryBytes(NamedTuple):
@@ -87,8 +116,7 @@ def predict_memory_bytes(
     way: WayCounts,
     features: FeatureCounts,
     num_chunks: int,
-    period: int,
-    element_bytes: int,
+    storage: Storage,
 ) -> MemoryBytes:
     """Memory of one rank at its peak in training.
 
@@ -99,22 +127,31 @@ def predict_memory_bytes(
         way: sizes of the rank's way.
         features: sizes of the way's features.
         num_chunks: chunks.
-        period: epochs between snapshots; above 1 tables have a second copy of their values.
-        element_bytes: bytes of one number.
+        storage: how numbers are held.
     """
+    element_bytes = storage.element_bytes
     widest = max(max(layer.out_channels, layer.table_channels) for layer in layers)
     row_bytes = widest * element_bytes
     chunk_bytes = way.largest_chunk * row_bytes
     sizes = -(-way.num_rows // num_chunks), -(-way.num_edges // num_chunks)
-    kept = num_chunks * sum(layer.kept_numbers(*sizes) for layer in layers)
-    activations = element_bytes * kept
+    again = [layer for layer in layers if storage.mode == "recompute" and layer.can_run_again]
+    kept = 0
+    if storage.mode != "offload":
+        kept = sum(layer.kept_numbers(*sizes) for layer in layers if layer not in again)
+    features_of = layers[0] if is_first else None  # which every chunk's input is anyway
+    kept += sum(_recipe_numbers(each, sizes[0]) for each in again if each is not features_of)
+    kept += sizes[0] * sum({n: layer.in_channels for layer in again for n in layer.reads}.values())
+    activations = element_bytes * num_chunks * kept
     num_tensors = 1 + len({name for layer in layers for name in layer.reads})
     ahead = min(RECEIVES_AHEAD, num_chunks) * chunk_bytes
     messages = num_tensors * (ahead + num_cuts * way.num_rows * row_bytes) if num_cuts else 0
-    training = activations + messages + CHUNK_TEMPORARIES * chunk_bytes
+    share = way.largest_chunk / max(way.num_rows, 1)
+    largest = way.largest_chunk, math.ceil(way.num_edges * share)
+    rerun = max((element_bytes * layer.kept_numbers(*largest) for layer in again), default=0)
+    training = activations + messages + rerun + CHUNK_TEMPORARIES * chunk_bytes
     evaluation = EVALUATION_TEMPORARIES * way.num_rows * row_bytes
     return MemoryBytes(
-        tables=element_bytes * sum(_table_numbers(layer, way, period) for layer in layers),
+        tables=_table_bytes(layers, way, storage),
         activations=activations,
         records=RECORD_BYTES * len(layers) * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
@@ -125,15 +162,28 @@ def predict_memory_bytes(
     )
 
 
-def _table_numbers(layer: LayerShape, way: WayCounts, period: int) -> int:
-    """Numbers in one layer's table: values, gradients, snapshot."""
-    if layer.operator == "none":
-        return 0
-    is_gather = layer.operator.startswith("edges")
-    num_values = way.num_rows + way.in_mirrors
-    num_gradients = way.num_rows + (way.in_mirrors if is_gather else way.out_mirrors)
-    copies = 2 if period > 1 else 1
-    return (copies * num_values + num_gradients) * layer.table_channels
+def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
+    """What is kept of one chunk for running a layer again: its input, the halo of a gather."""
+    halo = layer.table_channels if layer.operator.startswith("edges") else 0
+    return num_rows * (halo + (0 if layer.input_lies_in_table else layer.in_channels))
+
+
+def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage) -> int:
+    """The tables: values, snapshot, gradients."""
+    values, gradients, shared = 0, 0, {}
+    for layer in layers:
+        if layer.operator == "none":
+            continue
+        is_gather = layer.operator.startswith("edges")
+        mirrors = way.in_mirrors if is_gather else way.out_mirrors
+        values += (way.num_rows + way.in_mirrors) * layer.table_channels
+        numbers = (way.num_rows + mirrors) * layer.table_channels
+        if storage.mode == "recompute" and way.is_closed and layer.can_run_again:
+            shared[is_gather, layer.table_channels] = numbers
+        else:
+            gradients += numbers
+    copies = 2 if storage.period > 1 else 1
+    return storage.element_bytes * (copies * values + gradients + sum(shared.values()))
 
 
 def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes: int) -> int:

@@ -12,6 +12,7 @@ from gnnpipe.configured import model_layers
 from gnnpipe.console import working
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.errors import UserError
+from gnnpipe.memory import storage_of
 from gnnpipe.metrics import json_text
 from gnnpipe.pictures import predicted_figure
 from gnnpipe.plan_request import PlanRequest
@@ -149,8 +150,7 @@ def _planner(
 ) -> tuple[Planner, Profile, int, int]:
     sizes: dict[str, Any] = {
         "links": links,
-        "element_bytes": 8 if config.model.dtype == "float64" else 4,
-        "period": config.history.period,
+        "storage": storage_of(config),
         "steps": config.training.steps_per_epoch,
         "recalled": config.history.is_recalled,
     }

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 from gnnpipe.costs import Links, Profile, role_of
 from gnnpipe.errors import UserError
-from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.memory import (
+    PLAIN,
+    FeatureCounts,
+    MemoryBytes,
+    Storage,
+    WayCounts,
+    predict_memory_bytes,
+)
 from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
 from gnnpipe.shapes import LayerShape, num_parameters
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
@@ -77,8 +84,7 @@ class Planner:
         graph: its counts.
         profile: of the machine.
         links: the network.
-        element_bytes: bytes of a number.
-        period: epochs between snapshots, for the memory.
+        storage: how a rank holds its numbers.
         steps: optimizer steps of an epoch.
         recalled: whether histories are kept apart from the tables.
     """
@@ -90,8 +96,7 @@ class Planner:
         *,
         profile: Profile,
         links: Links,
-        element_bytes: int = 4,
-        period: int = 1,
+        storage: Storage = PLAIN,
         steps: int = 1,
         recalled: bool = False,
     ) -> None:
@@ -99,8 +104,8 @@ class Planner:
         self._graph = graph
         self._profile = profile
         self._links = links
-        self._bytes = element_bytes
-        self._period = period
+        self._bytes = storage.element_bytes
+        self._storage = storage
         self._steps = steps
         self._recalled = recalled
         self._ways: dict[int, WayShape] = {}
@@ -225,6 +230,7 @@ class Planner:
             num_edges=graph.num_edges // W,
             is_symmetric=graph.is_symmetric,
             largest_chunk=-(-graph.num_nodes // (W * C)),
+            is_closed=W * C == 1,
         )
         return predict_memory_bytes(
             [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)],
@@ -233,8 +239,7 @@ class Planner:
             way=way,
             features=graph.features._replace(num_entries=entries and entries // W),
             num_chunks=C,
-            period=self._period,
-            element_bytes=self._bytes,
+            storage=self._storage,
         )
 
     def _chunk(self, setting: Setting) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from gnnpipe.config import Config
 from gnnpipe.configured import layers_between, model_layers
 from gnnpipe.costs import Line, Links, Profile
 from gnnpipe.graph import Graph
-from gnnpipe.memory import FeatureCounts
+from gnnpipe.memory import FeatureCounts, storage_of
 from gnnpipe.models.layer import Layer
 from gnnpipe.planner import (
     GraphShape,
@@ -131,8 +131,7 @@ def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Pre
         shape_of(graph),
         profile=profile_of(graph, config),
         links=links,
-        element_bytes=8 if config.model.dtype == "float64" else 4,
-        period=config.history.period,
+        storage=storage_of(config),
         steps=config.training.steps_per_epoch,
         recalled=config.history.is_recalled,
     )

@@ -16,7 +16,7 @@ from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.errors import UserError
-from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes, storage_of
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
 from gnnpipe.way import cell_bounds
@@ -149,8 +149,7 @@ def rank_bytes(
                 way=way,
                 features=FeatureCounts(chunked.num_features, entries),
                 num_chunks=chunked.num_chunks,
-                period=config.history.period,
-                element_bytes=8 if config.model.dtype == "float64" else 4,
+                storage=storage_of(config),
             )
         )
     return found
@@ -178,6 +177,7 @@ def way_counts(chunked: ChunkedGraph, way: int, num_ways: int) -> WayCounts:
         num_edges=int((indptr[ends] - indptr[starts]).sum()),
         is_symmetric=is_symmetric,
         largest_chunk=int((ends - starts).max()),
+        is_closed=num_ways == 1 and chunked.num_chunks == 1,
     )
 
 
@@ -223,6 +223,8 @@ def _proposals(
 def _candidates(
     config: Config, room: Room, *, is_own_model: bool
 ) -> Iterator[tuple[str, int | str]]:
+    if config.memory.mode == "keep":
+        yield "memory.mode", "recompute"
     if config.history.period > 1:
         yield "history.period", 1
     if room.grows:

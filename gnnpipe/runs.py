@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
-from gnnpipe.config import Config
+from gnnpipe.config import NO_OFFLOAD, Config
 from gnnpipe.configured import configured_task, configured_updates
+from gnnpipe.fields import require
+from gnnpipe.history import Table
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models.layer import Layer
@@ -129,6 +131,8 @@ class PipelineRun:
         evaluated_on: ChunkedGraph | None = None,
     ) -> None:
         parallel = config.parallel
+        if world.device.type == "cpu":
+            require(config.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
         self._config = config
         self._layers = layers
         self._num_chunks = chunked.num_chunks
@@ -159,6 +163,7 @@ class PipelineRun:
                 config.history.predict == "linear",
             ),
             late_gradient=config.history.late_gradient,
+            memory=config.memory.mode,
             task=configured_task(config, chunked),
         )
         assert plan.task is not None
@@ -174,7 +179,7 @@ class PipelineRun:
                 evaluated_on, same, plan=plan, comm=self._comm, like=like
             )
         world.answer(lambda: self._comm.action)
-        self.table_bytes = sum(t.num_bytes for stage in self._stages for t in stage.tables)
+        self.table_bytes = table_bytes(t for stage in self._stages for t in stage.tables)
         parameters = [p for stage in self._stages for p in stage.parameters]
         self._updates = configured_updates(config)
         self._optimizer = make_optimizer(parameters, self._updates)
@@ -333,6 +338,13 @@ class PipelineRun:
     @property
     def _local(self) -> list[LocalLayer]:
         return [local for stage in self._stages for local in stage.layers]
+
+
+def table_bytes(tables: Iterable[Table]) -> int:
+    """Memory of some tables, what they share counted once."""
+    tables = list(tables)
+    shared = {t.gradients.data_ptr(): t.gradients.nbytes for t in tables if t.is_shared}
+    return sum(t.num_bytes for t in tables) + sum(shared.values())
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

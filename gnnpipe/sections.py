@@ -279,6 +279,18 @@ class HistoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What a rank holds while it trains."""
+
+    mode: Literal["keep", "recompute", "offload"] = "keep"
+    """What backwards need of the forwards: kept, computed again, or kept in the host's memory (on
+    a GPU). The losses are the same."""
+
+    def __post_init__(self) -> None:
+        settle(self, "memory")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept so that a run can go on after an end of any kind."""
 

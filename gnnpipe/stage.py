@@ -5,20 +5,21 @@ carried tensors add up layer by layer and chunk by chunk in one order, wherever 
 layers is cut, and losses do not depend on the number of stages by a single bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
-from gnnpipe.history import Halo, Reader, Table
-from gnnpipe.kernels import EdgeDrop, SparseRows, attend, dropout_edges, dropout_rows, relu
-from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Layer, Rows
+from gnnpipe.history import Halo, Kept, Reader, Table, alias
+from gnnpipe.kernels import SparseRows, dropout_rows
+from gnnpipe.models.layer import Layer
+from gnnpipe.record import Entry, Offload, Recipe, Record, edge
 from gnnpipe.shortage import AskingFor
+from gnnpipe.view import View
 
 
 class Flow(NamedTuple):
@@ -28,139 +29,6 @@ class Flow(NamedTuple):
     """``[num_rows, F]``; sparse only as input features."""
     carried: dict[str, Tensor]
     """Tensors on their way to later layers, ``[num_rows, F]`` each."""
-
-
-class View:
-    """The :class:`~gnnpipe.models.layer.GraphView` of one layer, one cell and one forward.
-
-    Args:
-        cell: the rows.
-        reader: of the layer's table; None for row-wise layers.
-        carried: tensors that the layer reads.
-        key: (seed, epoch, layer index) of dropout; None in evaluation.
-        drops_table: what the first dropout gives is what the layer aggregates, so it may be made
-            in the table.
-    """
-
-    def __init__(
-        self,
-        cell: Cell,
-        reader: Reader | None,
-        carried: Mapping[str, Tensor],
-        *,
-        key: tuple[int, int, int] | None,
-        drops_table: bool = False,
-    ) -> None:
-        self._drops_table = drops_table
-        self._cell = cell
-        self._reader = reader
-        self._carried = carried
-        self._key = key
-        self._num_sites = 0
-        self.handed_on: dict[str, Tensor] = {}
-
-    def aggregate(self, x: Tensor) -> Tensor:
-        assert self._reader is not None
-        return self._reader.aggregate(x)
-
-    def gather(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._reader is not None
-        assert self._cell.edges is not None
-        return self._reader.gather(x), self._cell.edges.edge_index
-
-    def dropout(self, x: Rows, p: float) -> Rows:
-        key = self._next_key()
-        if key is None or p == 0.0:
-            return x
-        if not isinstance(x, Tensor):
-            return dropout_rows(x, self._cell.node_id, p=p, key=key)
-        out = None
-        if self._drops_table and self._num_sites == 1 and self._reader is not None:
-            self._reader.keep(x)
-            out = self._reader.own_rows(x)
-        return dropout_rows(x, self._cell.node_id, p=p, key=key, out=out)
-
-    def relu(self, x: Tensor) -> Tensor:
-        return relu(x)
-
-    def attend(self, x_src: Tensor, logits: tuple[Tensor, Tensor], p: float) -> Tensor:
-        key, edges = self._next_key(), self._cell.edges
-        assert edges is not None
-        ids = (edges.source_id, edges.target_id)
-        drop = None if key is None or p == 0.0 else EdgeDrop(*ids, p, key)
-        return attend(x_src, *logits, order=edges.order, slope=NEGATIVE_SLOPE, drop=drop)
-
-    def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
-        key = self._next_key()
-        if key is None or p == 0.0:
-            return alpha
-        edges = self._cell.edges
-        assert edges is not None
-        ids = (edges.source_id, edges.target_id)
-        return dropout_edges(alpha, *ids, p=p, key=key)
-
-    def edge_values(self, name: EdgeValue) -> Tensor | None:
-        assert self._cell.edges is not None
-        return self._cell.edges.values.get(name)
-
-    def foreign_seed(self) -> int | None:
-        return None if self._key is None else stream_key(*self._key, *self._cell.place)
-
-    def carry(self, name: str, value: Tensor) -> None:
-        self.handed_on[name] = value
-
-    def carried(self, name: str) -> Tensor:
-        return self._carried[name]
-
-    def _next_key(self) -> int | None:
-        if self._key is None:
-            return None
-        self._num_sites += 1
-        return stream_key(*self._key, self._num_sites - 1)
-
-
-class _Record(NamedTuple):
-    """One layer's graph of one chunk."""
-
-    x: "_Entry | None"
-    """None where the rows have no gradient: input features."""
-    carried: "dict[str, _Entry]"
-    out: GradientEdge | None
-    handed_on: dict[str, GradientEdge | None]
-
-
-class _Entry:
-    """Where a layer's graph ends: takes the gradient, and does not hold the values.
-
-    Why not a leaf: it would keep the rows until the backward, whether or not anyone needs them.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self.grad: Tensor | None = None
-        self._like = value.shape, value.dtype, value.device
-
-    def rows(self, value: Tensor) -> Tensor:
-        """The values, with this end behind them."""
-        handle = value.new_zeros(()).requires_grad_()
-        rows: Tensor = _Enter.apply(handle, value, self)  # type: ignore[no-untyped-call]
-        return rows
-
-    def gradient(self) -> Tensor:
-        """What has arrived; zeros if the layer did not use the rows."""
-        shape, dtype, device = self._like
-        return torch.zeros(shape, dtype=dtype, device=device) if self.grad is None else self.grad
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, handle: Tensor, value: Tensor, entry: _Entry) -> Tensor:  # Any: torch's
-        ctx.entry = entry
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.entry.grad = grads[0]
-        return None, None, None
 
 
 class LocalLayer(NamedTuple):
@@ -182,17 +50,25 @@ class Stage:
         halo: moves table rows between the ways.
         seed: of the dropout masks.
         factor: multiplies gradients that cross chunks.
+        mode: where what backwards need comes from: ``keep``, ``recompute`` or ``offload``.
     """
 
     def __init__(
-        self, layers: Sequence[LocalLayer], *, halo: Halo, seed: int, factor: float
+        self,
+        layers: Sequence[LocalLayer],
+        *,
+        halo: Halo,
+        seed: int,
+        factor: float,
+        mode: str = "keep",
     ) -> None:
         self.layers = layers
         self._halo = halo
         self._seed = seed
         self._factor = factor
+        self._mode = mode
         self._epoch = 0
-        self._records: dict[int, list[_Record]] = {}
+        self._records: dict[int, list[Record | Recipe]] = {}
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -246,27 +122,63 @@ class Stage:
             table.end_epoch(self._epoch)
 
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
-        """Computes one chunk and remembers its graphs for the backward."""
-        records = []
+        """Computes one chunk and remembers what its backward needs."""
+        records: list[Record | Recipe] = []
         x, carried = flow.x, dict(flow.carried)
         for local in self.layers:
-            cell = local.cells.chunks[chunk_index]
-            entry = _Entry(x) if local.layer_index > 0 and isinstance(x, Tensor) else None
-            if entry is not None and isinstance(x, Tensor):
-                x = entry.rows(x)
-            entries = {name: _Entry(carried[name]) for name in local.layer.reads}
-            read = {name: entries[name].rows(carried[name]) for name in entries}
-            key = (self._seed, self._epoch, local.layer_index)
-            reader, in_place = self._reader(local.table, cell), local.layer.aggregates_input
-            view = View(cell, reader, read, key=key, drops_table=in_place)
-            with AskingFor("forward", f"activations of layer {local.layer_index}"):
-                out = local.layer(x, view)
-            edges = {name: _edge(value) for name, value in view.handed_on.items()}
-            records.append(_Record(entry, entries, _edge(out), edges))
+            read = {name: carried[name] for name in local.layer.reads}
+            recipe = Recipe(x, read, Kept() if self._runs_again(local) else None)
+            with self._saving():
+                out, record, handed_on = self._run(local, chunk_index, recipe)
+            is_record = recipe.kept is None
+            records.append(record if is_record else self._shortened(local, recipe))
             x = out.detach()
-            carried |= {name: value.detach() for name, value in view.handed_on.items()}
+            carried |= {name: value.detach() for name, value in handed_on.items()}
         self._records[chunk_index] = records
         return Flow(x, carried)
+
+    def _runs_again(self, local: LocalLayer) -> bool:
+        """Whether the layer's graphs are made anew in the backward."""
+        return self._mode == "recompute" and local.layer.can_run_again
+
+    def _shortened(self, local: LocalLayer, recipe: Recipe) -> Recipe:
+        """The recipe without what lies in the layer's table."""
+        table, x = local.table, recipe.x
+        if table is None or not isinstance(x, Tensor) or not local.layer.input_lies_in_table:
+            return recipe
+        return recipe._replace(x=None) if table.values.dtype == x.dtype else recipe
+
+    def _run(
+        self, local: LocalLayer, chunk_index: int, recipe: Recipe
+    ) -> tuple[Tensor, Record, dict[str, Tensor]]:
+        """Runs one layer on one chunk: its result, its graph, what it hands on."""
+        cell, layer, x = local.cells.chunks[chunk_index], local.layer, recipe.x
+        if x is None:
+            assert local.table is not None
+            x = alias(local.table.values, cell.rows)
+        entry = Entry(x) if local.layer_index > 0 and isinstance(x, Tensor) else None
+        if entry is not None and isinstance(x, Tensor):
+            x = entry.rows(x)
+        entries = {name: Entry(value) for name, value in recipe.carried.items()}
+        view = View(
+            cell,
+            self._reader(local.table, cell, recipe.kept),
+            {name: entries[name].rows(value) for name, value in recipe.carried.items()},
+            key=(self._seed, self._epoch, local.layer_index),
+            drops_table=layer.aggregates_input,
+            is_dropped=recipe.x is None,
+        )
+        with AskingFor("forward", f"activations of layer {local.layer_index}"):
+            out = layer(x, view)
+        ends = {name: edge(value) for name, value in view.handed_on.items()}
+        return out, Record(entry, entries, edge(out), ends), view.handed_on
+
+    def _saving(self) -> AbstractContextManager[object]:
+        """Where autograd keeps what the backward needs, while a forward runs."""
+        if self._mode != "offload":
+            return nullcontext()
+        tables = (part for t in self.tables for part in (t.values, t.gradients))
+        return Offload([*tables, *self.parameters], pins=torch.cuda.is_available())
 
     def backward(
         self,
@@ -286,6 +198,8 @@ class Stage:
         records = self._records.pop(chunk_index)
         for local in reversed(self.layers):
             record = records.pop()  # Its gradients go when the layer before has used them.
+            if isinstance(record, Recipe):
+                record = self._again(local, chunk_index, record)
             assert isinstance(dx, Tensor)
             roots, grads = [record.out], [dx]
             for name, value in record.handed_on.items():
@@ -293,7 +207,7 @@ class Stage:
                     roots.append(value)
                     grads.append(carried.pop(name))
             pairs = [
-                (edge, grad) for edge, grad in zip(roots, grads, strict=True) if edge is not None
+                (end, grad) for end, grad in zip(roots, grads, strict=True) if end is not None
             ]
             if pairs:  # Not below a first layer without weights.
                 with AskingFor("backward", f"gradients of layer {local.layer_index}"):
@@ -305,6 +219,12 @@ class Stage:
             if layer_done is not None:
                 layer_done(local)
         return Flow(dx, carried)
+
+    def _again(self, local: LocalLayer, chunk_index: int, recipe: Recipe) -> Record:
+        """Runs a layer on a chunk as its forward ran."""
+        assert recipe.kept is not None
+        recipe.kept.is_again = True
+        return self._run(local, chunk_index, recipe)[1]
 
     @torch.no_grad()
     def infer(self, flow: Flow, *, into_tables: bool = False) -> Flow:
@@ -324,8 +244,10 @@ class Stage:
             carried |= view.handed_on
         return Flow(x, carried)
 
-    def _reader(self, table: Table | None, cell: Cell) -> Reader | None:
-        return None if table is None else Reader(table, cell, self._halo, factor=self._factor)
+    def _reader(self, table: Table | None, cell: Cell, kept: Kept | None = None) -> Reader | None:
+        if table is None:
+            return None
+        return Reader(table, cell, self._halo, factor=self._factor, kept=kept)
 
     @contextmanager
     def _inference_table(self, local: LocalLayer, into_tables: bool) -> Iterator[Table | None]:
@@ -336,8 +258,3 @@ class Stage:
                 trained.warm()
             return
         yield trained.for_inference(local.layer.table_channels)
-
-
-def _edge(value: Tensor) -> GradientEdge | None:
-    """Where the backward of a value starts; the value itself need not be kept for it."""
-    return get_gradient_edge(value) if value.requires_grad else None

@@ -41,6 +41,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
     values: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 3, "hidden_channels": 8, "dropout": 0.5, "dtype": "float64"},
         "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
+        "memory": {"mode": "keep"},
         "parallel": {"virtual_stages": 1, "layers_per_stage": None},
         "history": {
             "period": 1,

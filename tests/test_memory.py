@@ -3,6 +3,7 @@
 import gc
 from typing import Any
 
+import drawn
 import pytest
 import torch
 from drawn import woven
@@ -10,7 +11,15 @@ from one_process import layers_of, pipeline, settings, striped
 from torch import Tensor
 
 from gnnpipe.history import Table
-from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes
+from gnnpipe.memory import (
+    PLAIN,
+    FeatureCounts,
+    MemoryBytes,
+    Storage,
+    WayCounts,
+    predict_memory_bytes,
+)
+from gnnpipe.room import rank_bytes
 from gnnpipe.runs import PipelineRun
 from gnnpipe.stage import Flow, LocalLayer, Stage
 
@@ -25,7 +34,7 @@ def built(name: str, **changes: Any) -> PipelineRun:
     return pipeline(graph, config, striped(graph, NUM_CHUNKS))
 
 
-def predicted(run: PipelineRun, *, period: int = 1) -> MemoryBytes:
+def predicted(run: PipelineRun, *, period: int = 1, storage: Storage = PLAIN) -> MemoryBytes:
     sizes = (NUM_NODES, 0, 0, 6 * NUM_NODES)
     return predict_memory_bytes(
         [local.layer for local in layers_of(run)],
@@ -34,9 +43,30 @@ def predicted(run: PipelineRun, *, period: int = 1) -> MemoryBytes:
         way=WayCounts(*sizes, is_symmetric=True, largest_chunk=NUM_NODES // NUM_CHUNKS),
         features=FeatureCounts(5, None),
         num_chunks=NUM_CHUNKS,
-        period=period,
-        element_bytes=4,
+        storage=storage._replace(period=period),
     )
+
+
+@pytest.mark.parametrize("name", ["sage", "gat", "revgnn"])
+def test_tables_of_layers_that_run_again_are_predicted(name: str) -> None:
+    graph = woven(NUM_NODES)
+    config = settings(name, hidden_channels=64, num_layers=6, dtype="float32", mode="recompute")
+    for chunk_id in ([0] * NUM_NODES, striped(graph, NUM_CHUNKS)):
+        run = pipeline(graph, config, chunk_id)
+        chunked = drawn.cut(graph, chunk_id)
+        (memory,) = rank_bytes(config, chunked, [local.layer for local in layers_of(run)])
+        assert memory.tables == run.table_bytes
+
+
+def test_what_runs_again_is_no_activation_but_works_one_chunk_at_a_time() -> None:
+    run = built("gat")
+    kept, again = (
+        predicted(run, storage=PLAIN._replace(mode=mode)) for mode in ("keep", "recompute")
+    )
+    assert again.activations < 0.6 * kept.activations
+    assert again.tables == kept.tables
+    (away,) = {predicted(run, storage=PLAIN._replace(mode="offload")).activations}
+    assert away == 0
 
 
 @pytest.mark.parametrize("period", [1, 3])
@@ -120,8 +150,7 @@ def test_features_and_messages_are_held_where_they_are_needed() -> None:
             way=way,
             features=FeatureCounts(1000, entries),
             num_chunks=4,
-            period=1,
-            element_bytes=4,
+            storage=PLAIN,
         )
 
     alone = of(is_first=True, num_cuts=0, entries=None)

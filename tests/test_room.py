@@ -142,6 +142,15 @@ def test_more_stages_are_no_help_on_one_host() -> None:
     assert "use larger machines" in nothing
 
 
+def test_running_again_is_proposed_where_it_is_enough() -> None:
+    chunked = cut(num_nodes=4000)
+    config = load_config(None, [*SMALL, "model.name=gat"])
+    (need,) = rank_bytes(config, chunked, model_layers(config, chunked))
+    room = Room(PROCESS_BYTES + need.total - 1, 1, "this host", grows=False)
+    message = refused(config, chunked, room)
+    assert "settings that fit: memory.mode=recompute (" in message
+
+
 def test_the_check_may_be_switched_off_and_is_always_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

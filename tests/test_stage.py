@@ -27,7 +27,8 @@ from gnnpipe.graph import Graph
 from gnnpipe.models.io import InputLayer, OutputLayer
 from gnnpipe.models.layer import GraphView, Layer
 from gnnpipe.runs import PipelineRun
-from gnnpipe.stage import Flow, Stage, View
+from gnnpipe.stage import Flow, Stage
+from gnnpipe.view import View
 from gnnpipe.way import way_graph
 
 HAND_WRITTEN = ["gcn", "gat", "gcnii"]

@@ -4,7 +4,7 @@ numba on CPU; torch.sparse elsewhere and as the oracle of the tests.
 """
 
 from gnnpipe.kernels.attention import EdgeDrop, EdgeOrder, attend
-from gnnpipe.kernels.dropout import dropout_edges, dropout_rows
+from gnnpipe.kernels.dropout import dropout_edges, dropout_rows, dropped_rows
 from gnnpipe.kernels.rectify import relu
 from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear
 
@@ -17,6 +17,7 @@ __all__ = [
     "attend",
     "dropout_edges",
     "dropout_rows",
+    "dropped_rows",
     "linear",
     "relu",
 ]

@@ -52,6 +52,32 @@ class _Dropout(torch.autograd.Function):
         return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None, None
 
 
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(  # Any: torch's context
+        ctx: Any, x: Tensor, ids: _Ids, p: float, key: int
+    ) -> Tensor:
+        ctx.arguments = ids, p, key
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(grads[0].contiguous(), *ctx.arguments), None, None, None
+
+
+def dropped_rows(x: Tensor, node_id: Tensor, *, p: float, key: int) -> Tensor:
+    """The result of an earlier :func:`dropout_rows` of the same rows, as if made again.
+
+    Args:
+        x: what it gave, ``[num_rows, F]``.
+        node_id: as then.
+        p: as then.
+        key: as then.
+    """
+    rows: Tensor = _Dropped.apply(x, _Ids((node_id,)), p, key)  # type: ignore[no-untyped-call]
+    return rows
+
+
 @overload
 def dropout_rows(
     x: Tensor, node_id: Tensor, *, p: float, key: int, out: Tensor | None = None

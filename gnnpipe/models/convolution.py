@@ -26,6 +26,11 @@ class Convolution(Layer):
         self.out_channels = out_channels
         self.dropout = dropout
 
+    @property
+    def input_lies_in_table(self) -> bool:
+        """Whether what is dropped out is what is aggregated."""
+        return self.aggregates_input
+
     @abstractmethod
     def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
         """The convolution alone: ``[num_rows, in_channels]`` to ``[num_rows, out_channels]``."""

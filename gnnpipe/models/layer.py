@@ -133,6 +133,17 @@ class Layer(nn.Module, ABC):
     in_channels: int
     out_channels: int
 
+    @property
+    def input_lies_in_table(self) -> bool:
+        """Whether the layer looks at its input through that dropout only, so that the rows in
+        the table are all of it that a backward needs."""
+        return False
+
+    @property
+    def can_run_again(self) -> bool:
+        """Whether its forward on a chunk gives the same once the other chunks' have run."""
+        return True
+
     @abstractmethod
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Maps the rows ``[num_rows, in_channels]`` to ``[num_rows, out_channels]``.
