@@ -1,175 +1,212 @@
 """Graph parallelism, pipeline, hybrid and the planner's pick over links of one speed.
 
-    python benchmarks/parallel.py --quick             # under 5 minutes
+    python benchmarks/parallel.py --quick             # two cells and a check, under 5 minutes
     python benchmarks/parallel.py                     # all 16 cells
-    python benchmarks/parallel.py --report FILE       # the table of a results file
+    python benchmarks/parallel.py --part check        # emulation beside real epochs, 2 ranks
+    python benchmarks/parallel.py --part bandwidth    # one cell, 100 Mbit/s to 10 Gbit/s
+    python benchmarks/parallel.py --part depth        # one cell, 8 to 128 layers
+    python benchmarks/parallel.py --report            # the tables of what is there
 
 Ranks sleep their measured single-threaded times and send real messages over shaped links
-(emulation, see slept_stage.py). Finished cells are kept in the results file and not run again.
+(emulation, see slept_stage.py). Cells that are in the results file are not run again, and
+``--budget-s`` ends before a cell that would not fit. Layer times and cuts are measured and made
+once for each graph and model, and kept in ``--work``: remove it to measure them anew. Needs root.
 """
 
 import argparse
 import json
-import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from parallel_rank import run_rank
+from parallel_table import table
 from shaped_links import inside, shaped_links, why_not
-from slept_stage import Shape, SleptStage
 
 from gnnpipe import chunk
-from gnnpipe.assembly import Plan, build_engine, stage_bounds
-from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config, load_config
 from gnnpipe.configured import model_layers
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.datasets import load_graph
 from gnnpipe.graph import Graph
-from gnnpipe.mesh import Mesh
-from gnnpipe.metrics import time_shares
-from gnnpipe.planner import Planner, Setting, choose, settings
+from gnnpipe.planner import GraphShape, Planner, Setting, choose, settings
 from gnnpipe.planning import profile_of, shape_of
-from gnnpipe.reports import Reports
-from gnnpipe.world import World, join, make_groups
 from partition import assign
 
 DATA = Path(os.environ.get("GNNPIPE_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
-GRAPHS = ("squirrel", "coauthor_physics", "amazon_computers", "ogbn_arxiv")
+GRAPHS = ("squirrel", "amazon_computers", "coauthor_physics", "ogbn_arxiv")
 MODELS = ("gcn", "sage", "gcnii", "resgcn+")
 QUICK = (("squirrel", "gcn"), ("amazon_computers", "gcnii"))
+CURVE = ("amazon_computers", "gcn")
+CHECKED = (("squirrel", "gcn"), ("amazon_computers", "gcnii"))
+LAYERS, HIDDEN, RANKS = 32, 100, 8
+SPEEDS_MBIT = (100.0, 300.0, 1000.0, 3000.0, 10_000.0)
+DEPTHS = (8, 16, 32, 64, 128)
 PUBLISHED_SHARE = 0.63
 """Of graph parallelism's epoch spent in communication, mean of the published cells."""
 WARM_UP, EPOCHS = 1, 3
 CHUNKS = 32
+PLANNED_CHUNKS = (8, 16, 32, 64)
 LATENCY_US = 300.0
-CELL_S = 900.0
+CELL_S = 600.0
 """Longest wait for all settings of a cell."""
 
 
+class Cell(NamedTuple):
+    """One line of the results."""
+
+    part: str
+    graph: str
+    model: str
+    num_ranks: int = RANKS
+    num_layers: int = LAYERS
+    mbit: float | None = None
+    """None: the speed that gives graph parallelism the published balance."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its line from others."""
+        name = f"{self.graph} {self.model}"
+        asked = {"asked_mbit": self.mbit, "layers": self.num_layers, "ranks": self.num_ranks}
+        return {"part": self.part, "cell": name} | asked
+
+    @property
+    def overrides(self) -> list[str]:
+        """The model."""
+        depth = f"model.num_layers={self.num_layers}"
+        return [f"model.name={self.model}", depth, f"model.hidden_channels={HIDDEN}"]
+
+
 def main() -> None:
-    """Runs the cells that have no result yet, then prints the table."""
+    """Runs the cells that have no result yet, then prints the tables."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Leaves no namespace behind.
     options = _options()
     if options.case is not None:
         return run_rank(Path(options.case))
-    results = Path(options.results)
+    results, work = Path(options.results), Path(options.work).resolve()
     if not options.report:
         reason = why_not()
         if reason is not None:
             sys.exit(f"error: {reason}")
-        cells = QUICK if options.quick else [(g, m) for g in GRAPHS for m in MODELS]
-        for graph, model in cells:
-            run_cell(graph, model, options, results)
-    sys.stdout.write(table([json.loads(line) for line in results.read_text().splitlines()]) + "\n")
+        torch.set_num_threads(1)
+        work.mkdir(parents=True, exist_ok=True)
+        run_all(list(_cells(options)), results, work, budget_s=options.budget_s)
+    sys.stdout.write(table(_lines(results)) + "\n")
 
 
-def run_cell(name: str, model: str, options: argparse.Namespace, results: Path) -> None:
-    """Profiles one cell, chooses the link speed, runs every setting; appends one line."""
-    done = (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
-    identity = {"cell": f"{name} {model}", "layers": options.layers, "ranks": options.ranks}
-    if any(all(line[k] == v for k, v in identity.items()) for line in done):
-        return
-    config = load_config(
-        None,
-        [
-            f"model.name={model}",
-            f"model.num_layers={options.layers}",
-            f"model.hidden_channels={options.hidden}",
-        ],
-    )
-    graph = load_graph(
-        str(DATA / f"{name}.npz"), features="auto" if name != "ogbn_arxiv" else "surrogate"
-    )
-    torch.set_num_threads(1)
-    profile = profile_of(graph, config)
-    mbit = options.mbit or balanced_mbit(graph, config, profile, options.ranks)
+def run_all(cells: list[Cell], results: Path, work: Path, *, budget_s: float) -> None:
+    """Runs what is missing, as long as there is time for a cell like the longest so far."""
+    start_s, longest_s = time.monotonic(), 0.0
+    for cell in cells:
+        if any(cell.identity.items() <= line.items() for line in _lines(results)):
+            continue
+        cell_start_s = time.monotonic()
+        if cell_start_s - start_s + longest_s > budget_s:
+            sys.stderr.write("no time for the rest; the same command goes on\n")
+            return
+        line = cell.identity | run_cell(cell, work)
+        lasted_s = time.monotonic() - cell_start_s
+        longest_s = max(longest_s, lasted_s)
+        with results.open("a") as file:
+            file.write(json.dumps(line | {"cell_s": lasted_s}) + "\n")
+        sys.stderr.write(f"{cell.part}: {line['cell']}: {lasted_s:.0f} s\n")
+
+
+def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
+    """Profiles one cell, chooses the link speed, runs every setting."""
+    config, (graph, shape) = load_config(None, cell.overrides), _graph(cell.graph)
+    profile, path = _profile(cell, config, graph, work)
+    mbit = cell.mbit or _balanced_mbit(cell, config, profile)
     links = Links(mbit / 1e3, LATENCY_US, mbit / 1e3, 1)
-    planner = Planner(model_layers(config, graph), shape_of(graph), profile=profile, links=links)
-    ranks = options.ranks
-    wanted = {
-        "graph": Setting(1, ranks, 1, 1),
-        "pipeline": Setting(ranks, 1, CHUNKS, 1),
-        "interleaved": Setting(ranks, 1, CHUNKS, 2),
-        "hybrid": Setting(ranks // 2, 2, CHUNKS // 2, 1),
-    }
-    num_layers = options.layers + 2
-    found = [
-        planner.predict(s)
-        for s in settings(
-            ranks, num_layers=num_layers, chunks=[8, 16, 32, 64], num_nodes=graph.num_nodes
-        )
-    ]
-    wanted["planner"] = choose(found).setting
-    line: dict[str, Any] = identity | {"mbit": mbit, "hidden": options.hidden}
+    planner = Planner(model_layers(config, graph), shape, profile=profile, links=links)
+    wanted = _settings(cell, planner, graph)
+    case = {"overrides": cell.overrides, "profile": str(path), "is_slept": True}
+    figures = _measured(case, wanted, graph, mbit=mbit, work=work)
+    line: dict[str, Any] = {"mbit": mbit, "hidden": HIDDEN}
     line["one_rank_s"] = planner.predict(Setting(1, 1, 1, 1)).epoch_s
-    with tempfile.TemporaryDirectory() as folder:
-        figures: dict[Setting, dict[str, Any]] = {}
-        for size in {s.num_stages * s.num_ways for s in wanted.values()}:
-            own = {s for s in wanted.values() if s.num_stages * s.num_ways == size}
-            figures |= measure(config, graph, sorted(own), profile, mbit, Path(folder) / f"{size}")
-        for label, setting in wanted.items():
-            predicted = planner.predict(setting)
-            line[label] = figures[setting] | {
-                "setting": list(setting),
-                "predicted_s": predicted.epoch_s,
-                "predicted_bubble": predicted.bubble_fraction,
-            }
-    with results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    for label, setting in wanted.items():
+        predicted = planner.predict(setting)
+        line[label] = figures[label] | {
+            "setting": list(setting),
+            "predicted_s": predicted.epoch_s,
+            "predicted_bubble": predicted.bubble_fraction,
+        }
+    if cell.part == "check":
+        real = _measured(case | {"is_slept": False}, wanted, graph, mbit=mbit, work=work)
+        line |= {f"real {label}": found for label, found in real.items()}
+    return line
 
 
-def balanced_mbit(graph: Graph, config: Config, profile: Profile, ranks: int) -> float:
+def _settings(cell: Cell, planner: Planner, graph: Graph) -> dict[str, Setting]:
+    """What is compared: the curves and checks leave out what the headline cells show."""
+    ranks = cell.num_ranks
+    wanted = {"graph": Setting(1, ranks, 1, 1), "pipeline": Setting(ranks, 1, CHUNKS, 1)}
+    if cell.part == "check":
+        return wanted
+    if cell.part == "cells":
+        wanted["interleaved"] = Setting(ranks, 1, CHUNKS, 2)
+        wanted["hybrid"] = Setting(ranks // 2, 2, CHUNKS // 2, 1)
+    counts = {"num_layers": cell.num_layers + 2, "num_nodes": graph.num_nodes}
+    possible = settings(ranks, chunks=PLANNED_CHUNKS, **counts)
+    wanted["planner"] = choose([planner.predict(s) for s in possible]).setting
+    return wanted
+
+
+def _profile(cell: Cell, config: Config, graph: Graph, work: Path) -> tuple[Profile, Path]:
+    """Times of this graph's and model's layers; depth does not matter."""
+    path = work / f"{cell.graph}-{cell.model}-{HIDDEN}.json"
+    if not path.exists():
+        save_profile(profile_of(graph, config), path)
+    return load_profile(path), path
+
+
+def _balanced_mbit(cell: Cell, config: Config, profile: Profile) -> float:
     """Link speed at which graph parallelism would communicate for 63% of its epoch, unhidden."""
-    free = Links(1e9, 0.0, 1e9, 1)
-    planner = Planner(model_layers(config, graph), shape_of(graph), profile=profile, links=free)
-    found = planner.predict(Setting(1, ranks, 1, 1))
-    rank_bytes = sum(found.comm_bytes.values()) / ranks
+    graph, shape = _graph(cell.graph)
+    layers, free = model_layers(config, graph), Links(1e9, 0.0, 1e9, 1)
+    planner = Planner(layers, shape, profile=profile, links=free)
+    found = planner.predict(Setting(1, cell.num_ranks, 1, 1))
+    rank_bytes = sum(found.comm_bytes.values()) / cell.num_ranks
     comm_s = found.epoch_s * PUBLISHED_SHARE / (1 - PUBLISHED_SHARE)
     return rank_bytes * 8e-6 / comm_s
 
 
-def measure(
-    config: Config,
+def _measured(
+    case: dict[str, Any],
+    wanted: Mapping[str, Setting],
     graph: Graph,
-    wanted: list[Setting],
-    profile: Profile,
+    *,
     mbit: float,
-    folder: Path,
-) -> dict[Setting, dict[str, Any]]:
-    """Emulates settings of one world size, in the same processes; rank 0's figures of each."""
-    folder.mkdir()
-    save_profile(profile, folder / "profile.json")
-    for number, setting in enumerate(wanted):
-        counts = {"num_chunks": setting.num_chunks, "num_ways": setting.num_ways}
-        ids = assign(graph.indptr, graph.indices, **counts)
-        cut = chunk.cut(graph, *ids, num_ways=setting.num_ways, method="metis", seed=0)
-        chunk.save(cut, folder / f"partition-{number}")
-    case = {
-        "overrides": [
-            f"model.name={config.model.name}",
-            f"model.num_layers={config.model.num_layers}",
-            f"model.hidden_channels={config.model.hidden_channels}",
-        ],
-        "settings": wanted,
-        "directory": str(folder),
-    }
-    path = folder / "case.json"
-    path.write_text(json.dumps(case))
+    work: Path,
+) -> dict[str, dict[str, Any]]:
+    """Figures by label; settings of one world size share their processes."""
+    figures: dict[Setting, dict[str, Any]] = {}
+    for size in sorted({setting.num_ranks for setting in wanted.values()}):
+        own = sorted({s for s in wanted.values() if s.num_ranks == size})
+        cuts = [str(_cut(graph, setting, work)) for setting in own]
+        counts = {"warm_up": WARM_UP, "epochs": EPOCHS}
+        path = work / "case.json"
+        path.write_text(json.dumps(case | counts | {"settings": own, "partitions": cuts}))
+        _run_ranks(path, size, mbit)
+        found = json.loads((work / "figures.json").read_text())
+        figures |= dict(zip(own, found, strict=True))
+    return {label: figures[setting] for label, setting in wanted.items()}
+
+
+def _run_ranks(path: Path, size: int, mbit: float) -> None:
+    """One process in each namespace; none is left."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", str(path)]
-    size = wanted[0].num_stages * wanted[0].num_ways
+    path.with_name("rendezvous").unlink(missing_ok=True)
     with shaped_links(size, mbit) as names:
         children = [
-            subprocess.Popen(inside(name, command), env=_environment(rank, size, folder))
+            subprocess.Popen(inside(name, command), env=_environment(rank, size, path.parent))
             for rank, name in enumerate(names)
         ]
         try:
@@ -177,100 +214,31 @@ def measure(
         finally:
             for child in children:
                 child.kill()
+                child.wait()
     assert not any(statuses), statuses
-    found = json.loads((folder / "figures.json").read_text())
-    return dict(zip(wanted, found, strict=True))
 
 
-def run_rank(path: Path) -> None:
-    """One rank of the emulated settings, one after the other."""
-    case = json.loads(path.read_text())
-    folder = Path(case["directory"])
-    torch.set_num_threads(1)
-    config = load_config(None, case["overrides"])
-    profile = load_profile(folder / "profile.json")
-    with join(device="cpu", timeout_s=200.0) as world:
-        found = [
-            emulate(config, Setting(*each), profile, folder / f"partition-{number}", world)
-            for number, each in enumerate(case["settings"])
-        ]
-    if world.rank == 0:
-        (folder / "figures.json").write_text(json.dumps(found))
+def _cut(graph: Graph, setting: Setting, work: Path) -> Path:
+    """Directory of the graph cut for a setting, made once."""
+    C, W = setting.num_chunks, setting.num_ways
+    path = work / f"{Path(graph.name).stem}-{C}-{W}"
+    if not path.exists():
+        ids = assign(graph.indptr, graph.indices, num_chunks=C, num_ways=W)
+        chunk.save(chunk.cut(graph, *ids, num_ways=W, method="metis", seed=0), path)
+    return path
 
 
-def emulate(
-    config: Config, setting: Setting, profile: Profile, partition: Path, world: World
-) -> dict[str, Any]:
-    """Some epochs of one setting; the middle one's figures on rank 0."""
-    S, W, C, v = setting
-    chunked = chunk.load(partition)
-    layers = model_layers(config, chunked)
-    like, mesh = torch.empty(0), Mesh(S, W)
-    groups = make_groups(mesh, world.device)
-    comm = Comm(mesh, world.rank, groups=groups, like=like, timeout_s=200.0)
-    bounds = stage_bounds(layers, chunked, num_stages=S * v, sizes=None)
-    plan = Plan(seed=0, bounds=bounds, virtual_stages=v, period=1, cross_chunk_gradient=1.0)
-    engine = build_engine(chunked, layers, plan=plan, comm=comm, like=like)
-    shape = Shape(profile, len(layers))
-    for index, stage in engine.stages.items():
-        engine.stages[index] = SleptStage(stage, comm, shape)  # type: ignore[assignment]
-    reports = Reports(comm)
-    epochs = []
-    for epoch in range(1, WARM_UP + EPOCHS + 1):
-        comm.sum_over_ranks(torch.zeros(1))
-        comm.wait_s.clear()
-        comm.sent_bytes.clear()
-        comm.recorder.start()
-        start_s = time.perf_counter()
-        engine.train_step(epoch, list(range(C)))
-        epoch_s = time.perf_counter() - start_s
-        reports.take(comm.recorder.stop())
-        sent = sum(comm.sent_bytes[kind] for kind in KINDS)
-        own = [epoch_s, epoch_s - sum(comm.wait_s.values()), sent]
-        parts = reports.send(torch.tensor(own, dtype=torch.float64))
-        if parts and epoch > WARM_UP:
-            lasted, computed, bytes_sent = torch.stack(parts).T.tolist()
-            shares = time_shares(lasted, computed, reports.trace.transfer_s())
-            epochs.append({"epoch_s": max(lasted), "sent_bytes": sum(bytes_sent), **shares})
-    comm.flush()
-    reports.flush()
-    comm.sum_over_ranks(torch.zeros(1))
-    if not epochs:
-        return {}
-    middle = sorted(epochs, key=lambda each: each["epoch_s"])[len(epochs) // 2]
-    return middle | {"all_s": [each["epoch_s"] for each in epochs]}
+@cache
+def _graph(name: str) -> tuple[Graph, GraphShape]:
+    """The graph, and its counts; cutting it into ways, which counts mirrors, happens once."""
+    features = "surrogate" if name == "ogbn_arxiv" else "auto"
+    graph = load_graph(str(DATA / f"{name}.npz"), features=features)
+    shape = shape_of(graph)
+    return graph, shape._replace(ways=cache(shape.ways))
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """All cells, and true geometric means."""
-    labels = ("graph", "pipeline", "interleaved", "hybrid", "planner")
-    text = [
-        "emulated: slept durations, real messages over shaped links",
-        f"{'cell':<28}{'Mbit/s':>8}"
-        + "".join(f"{label + ' ms':>16}" for label in labels)
-        + f"{'graph/pipe':>12}{'bytes':>8}{'plan err':>10}",
-    ]
-    speed, volume = [], []
-    for line in lines:
-        ratio = line["graph"]["epoch_s"] / line["pipeline"]["epoch_s"]
-        sent = line["graph"]["sent_bytes"] / line["pipeline"]["sent_bytes"]
-        errors = [abs(line[x]["predicted_s"] / line[x]["epoch_s"] - 1) for x in labels]
-        speed.append(ratio)
-        volume.append(sent)
-        times = "".join(f"{line[x]['epoch_s'] * 1e3:>16.1f}" for x in labels)
-        text.append(
-            f"{line['cell']:<28}{line['mbit']:>8.0f}{times}"
-            f"{ratio:>12.2f}{sent:>8.2f}{max(errors):>10.1%}"
-        )
-        text.append(
-            "    shares compute/wait/transfer  "
-            + "  ".join(
-                f"{x} {line[x]['compute']:.2f}/{line[x]['wait']:.2f}/{line[x]['transfer']:.2f}"
-                for x in labels
-            )
-        )
-    means = [math.exp(statistics.fmean(map(math.log, values))) for values in (speed, volume)]
-    return "\n".join([*text, f"geometric means: time {means[0]:.2f}, bytes {means[1]:.2f}"])
+def _lines(results: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, results.read_text().splitlines())) if results.exists() else []
 
 
 def _environment(rank: int, size: int, directory: Path) -> dict[str, str]:
@@ -288,15 +256,33 @@ def _environment(rank: int, size: int, directory: Path) -> dict[str, str]:
     return os.environ | {name: str(value) for name, value in own.items()}
 
 
+def _cells(options: argparse.Namespace) -> Iterator[Cell]:
+    if options.quick or options.part == "cells":
+        pairs = QUICK if options.quick else [(g, m) for g in GRAPHS for m in MODELS]
+        chosen = set(options.only or [])
+        for graph, model in pairs:
+            if not chosen or f"{graph}:{model}" in chosen:
+                yield Cell("cells", graph, model)
+    if options.quick:
+        yield Cell("check", *CHECKED[0], num_ranks=2)
+    elif options.part == "check":
+        yield from (Cell("check", *pair, num_ranks=2) for pair in CHECKED)
+    elif options.part == "bandwidth":
+        yield from (Cell("bandwidth", *CURVE, mbit=mbit) for mbit in SPEEDS_MBIT)
+    elif options.part == "depth":
+        yield from (Cell("depth", *CURVE, num_layers=layers) for layers in DEPTHS)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two cells, under five minutes")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=100)
-    parser.add_argument("--mbit", type=float, help="link speed (default: the published balance)")
+    parser.add_argument("--quick", action="store_true", help="two cells and a check")
+    parts = ("cells", "check", "bandwidth", "depth")
+    parser.add_argument("--part", choices=parts, default="cells", help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="GRAPH:MODEL", help="these cells")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), metavar="S")
     parser.add_argument("--results", default="benchmarks/results/parallel.jsonl")
-    parser.add_argument("--report", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--work", default="runs/parallel", help="layer times and cuts")
+    parser.add_argument("--report", action="store_true", help="print the tables, run nothing")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
 
