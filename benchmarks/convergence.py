@@ -28,7 +28,7 @@ sys.path.append(str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from convergence_cases import GRAPHS, MODELS, VARIANTS  # noqa: E402
+from convergence_cases import GRAPHS, MODELS, TUNED, VARIANTS  # noqa: E402
 from convergence_table import draw, report  # noqa: E402
 from layerwise import Idea, Layerwise, idea_of, whole_run  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -105,9 +105,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """All cells asked for; seed by seed, so that a slice compares variants."""
     for graph in options.graphs:
-        training: Any = GRAPHS[graph]["training"]
-        epochs = options.epochs or training["epochs"]
         for model in options.models:
+            training: Any = merge(GRAPHS[graph], TUNED.get((graph, model), {}))["training"]
+            epochs = options.epochs or training["epochs"]
             for seed in options.seeds:
                 plain = Cell(
                     graph, model, options.layers, options.hidden, epochs, 1, "exact", seed
@@ -133,7 +133,8 @@ def config_of(cell: Cell, options: argparse.Namespace) -> Config:
         },
     }
     variant = {key: part for key, part in VARIANTS[cell.variant].items() if key != "idea"}
-    for more in (GRAPHS[cell.graph], MODELS.get(cell.model, {}), variant):
+    tuned = TUNED.get((cell.graph, cell.model), {})
+    for more in (GRAPHS[cell.graph], MODELS.get(cell.model, {}), tuned, variant):
         values = merge(values, more)
     return from_dict(merge(values, {"training": {"epochs": cell.epochs}}))
 
