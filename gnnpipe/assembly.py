@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnnpipe.cell import Cells, build_cells
 from gnnpipe.chunk import ChunkedGraph
@@ -19,6 +19,8 @@ from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
+from gnnpipe.models.norm import NodeNorm
+from gnnpipe.moments import Moments
 from gnnpipe.recall import Keeping, LateGradients, Recall
 from gnnpipe.schedule import fill_drain, split_layers
 from gnnpipe.shortage import AskingFor
@@ -98,7 +100,7 @@ def build_engine(
     stage_rank, way = mesh.stage_rank(comm.rank), mesh.way(comm.rank)
     bounds = plan.bounds
     graph = way_graph(chunked, way=way, num_ways=mesh.num_ways)
-    builder = _StageBuilder(graph, plan, like)
+    builder = _StageBuilder(graph, plan, like, comm)
     stages = {}
     for index in mesh.stages_of(stage_rank, virtual_stages=plan.virtual_stages):
         local = range(bounds[index], bounds[index + 1])
@@ -121,8 +123,9 @@ def build_engine(
 class _StageBuilder:
     """Makes layers ready; layers with the same operator share their cells."""
 
-    def __init__(self, graph: WayGraph, plan: Plan, like: Tensor) -> None:
+    def __init__(self, graph: WayGraph, plan: Plan, like: Tensor, comm: Comm) -> None:
         self._graph = graph
+        self._comm = comm
         self._plan = plan
         self._like = like
         self._cells: dict[str, Cells] = {}
@@ -140,7 +143,16 @@ class _StageBuilder:
             )
         with AskingFor("table", f"the table of layer {index}"):
             table = self._table(layer, self._cells[operator])
-        return LocalLayer(index, layer, self._cells[operator], table)
+        return LocalLayer(index, layer, self._cells[operator], table, self._norms(layer))
+
+    def _norms(self, layer: Layer) -> dict[nn.Module, Moments]:
+        """What the layer's norms over nodes know."""
+        chunks, add_up = self._graph.num_chunks, self._comm.add_up
+        return {
+            part: Moments(name, part, num_chunks=chunks, add_up=add_up)
+            for name, part in layer.named_modules()
+            if isinstance(part, NodeNorm)
+        }
 
     def _table(self, layer: Layer, cells: Cells) -> Table | None:
         if layer.operator == "none":

@@ -167,7 +167,13 @@ class Comm:
         for exchange, (_, rows) in zip(exchanges, receives, strict=True):
             table.index_add_(0, exchange.send, rows)
 
-    def start_sum(self, bucket: Tensor) -> Callable[[], None]:
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Every way of this stage -> every other: the sum of a few numbers, in place."""
+        if self.mesh.num_ways > 1:
+            self.start_sum(numbers, "halo")()
+        return numbers
+
+    def start_sum(self, bucket: Tensor, kind: Kind = "gradient") -> Callable[[], None]:
         """Every way of this stage -> every other: the sum over ways, in place.
 
         Returns at once with a function that waits for the sum. Counted as a ring moves it:
@@ -176,14 +182,15 @@ class Comm:
         ways, way = self.mesh.num_ways, self.mesh.way(self.rank)
         total, start_s = 2 * (ways - 1) * bucket.nbytes, time.perf_counter()
         num_bytes = total * (way + 1) // ways - total * way // ways
-        self.sent_bytes["gradient"] += num_bytes
-        key = self.recorder.number(SEND, "gradient", COLLECTIVE)
-        complaint = "some way of this stage never reached the weight sum"
+        self.sent_bytes[self._counted_as or kind] += num_bytes
+        key = self._number(SEND, kind, COLLECTIVE)
+        complaint = f"some way of this stage never reached a sum ({kind})"
         work = self._post(
             complaint, lambda: dist.all_reduce(bucket, group=self._groups.ways, async_op=True)
         )
-        self.recorder.send("gradient", COLLECTIVE, key, num_bytes=num_bytes, start_s=start_s)
-        return lambda: self._wait_for(work, "gradient", complaint, peer=COLLECTIVE, key=key)
+        if self._counted_as is None:
+            self.recorder.send(kind, COLLECTIVE, key, num_bytes=num_bytes, start_s=start_s)
+        return lambda: self._wait_for(work, kind, complaint, peer=COLLECTIVE, key=key)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Every rank -> every other: the elementwise sum of small CPU tensors."""

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gnnpipe.counter import GOLDEN_64, stream_key
 from gnnpipe.graph import Graph
 from gnnpipe.models.gat import edge_softmax
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Operator, Rows
+from gnnpipe.models.norm import GraphNorm
 
 _LOW_32 = (1 << 32) - 1
 
@@ -130,6 +131,17 @@ class FullGraphView:
         keys = row_keys(key, *self._full.edge_index(self._operator).unsqueeze(2))  # [E, 1]
         column = torch.arange(alpha.shape[1], device=alpha.device)
         return alpha * dropout_factor(keys, column, p).to(alpha.dtype)
+
+    def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """torch's own modules; running statistics change with every forward in training."""
+        if isinstance(norm, GraphNorm):
+            centred = x - norm.mean_scale * x.mean(dim=0)
+            deviation = (centred.square().mean(dim=0) + norm.eps).sqrt()
+            return norm.weight * centred / deviation + norm.bias
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.train(self._stream is not None)
+        normed: Tensor = norm(x)
+        return normed
 
     def relu(self, x: Tensor) -> Tensor:
         """Plain."""

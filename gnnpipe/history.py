@@ -41,6 +41,10 @@ class Halo(Protocol):
     def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
         """Sends mirror rows to their owners, who add them to their rows, peer by peer."""
 
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Sums a few numbers over the ways, in place: the same bits on all of them."""
+        ...
+
 
 class Table:
     """Values and gradients of the tensor that one layer aggregates or gathers.

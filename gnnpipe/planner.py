@@ -146,7 +146,7 @@ class Planner:
             sizes,
             epoch_s,
             max(0.0, 1.0 - busy_s / (S * epoch_s)),
-            self._comm_bytes(bounds, W, steps=steps),
+            self._comm_bytes(bounds, W, num_chunks=setting.num_chunks, steps=steps),
             memory.total,
             timeline,
             memory,
@@ -205,7 +205,7 @@ class Planner:
         return volumes
 
     def _comm_bytes(
-        self, bounds: Sequence[int], num_ways: int, *, steps: int = 1
+        self, bounds: Sequence[int], num_ways: int, *, num_chunks: int = 1, steps: int = 1
     ) -> dict[str, int]:
         return predict_comm_bytes(
             self._layers,
@@ -217,6 +217,7 @@ class Planner:
             element_bytes=self._bytes,
             steps=steps,
             recalled=self._recalled,
+            num_chunks=num_chunks,
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> MemoryBytes:

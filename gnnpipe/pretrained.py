@@ -21,6 +21,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.models import end_widths
 from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
+from gnnpipe.models.norm import GraphNorm
 from gnnpipe.models.plain import PlainModel
 from gnnpipe.run_directory import CONFIG_FILE, PARTITION_DIR, WEIGHTS_DIR
 from gnnpipe.state import load_state, named_state
@@ -97,8 +98,14 @@ class PretrainedModel(nn.Module):
             nodes: ids, in any order.
 
         Raises:
-            UserError: no such nodes; or a layer that needs out-degrees, on a directed graph.
+            UserError: no such nodes; or a layer that needs out-degrees, on a directed graph; or
+                one that normalises by the whole graph.
         """
+        if any(isinstance(part, GraphNorm) for part in self.modules()):
+            raise UserError(
+                "`nodes` cannot be served alone: `model.norm` (=graph) normalises by the whole "
+                "graph; call the model on it"
+            )
         wanted = checked_nodes(graph, nodes)
         if graph.is_directed and any(layer.operator == "laplacian" for layer in self._all):
             raise UserError(
@@ -128,10 +135,11 @@ def plain_model(run_dir: str | Path, *, weights: str = "best") -> PlainModel:
     config, tensors = _saved(run_dir, weights)
     widths = end_widths(config.model.name, config.model.num_layers, tensors)
     plain = PlainModel(config.model, *widths)
-    # Parameters, not the state: GIN's constant eps is no weight.
-    named = {plain.name_of(name): weight for name, weight in plain.named_parameters()}
-    check_weights(tensors, {name: weight.shape for name, weight in named.items()})
     plain.to(next(iter(tensors.values())).dtype)
+    # Not the whole state: GIN's constant eps is no weight.
+    saved = [*plain.named_parameters(), *plain.running_statistics()]
+    named = {plain.name_of(name): weight for name, weight in saved}
+    check_weights(tensors, {name: weight.shape for name, weight in named.items()})
     with torch.no_grad():
         for name, weight in named.items():
             weight.copy_(tensors[name])

@@ -36,10 +36,12 @@ from gnnpipe.state import (
     load_history,
     load_mirrors,
     load_model_state,
+    load_moments,
     load_recall,
     load_state,
     mirror_state,
     model_state,
+    moment_state,
     named_state,
 )
 from gnnpipe.tasks import Task
@@ -312,6 +314,7 @@ class PipelineRun:
         if self._comm.mesh.way(self.rank) == 0:
             layers = [(local.layer_index, local.layer) for local in self._local]
             tensors |= model_state(layers, self._optimizer)
+            tensors |= moment_state(self._local) if histories else {}
         return tensors | self.engine.weight_sums.state_dict()
 
     def restore(self, shards: Shards) -> None:
@@ -322,6 +325,8 @@ class PipelineRun:
         self.engine.weight_sums.load_state_dict(owed, [index for index, _ in layers])
         if not shards.names("history."):
             self.engine.infer(into_tables=True)
+        else:
+            load_moments(self._local, shards)
         for local in self._local if shards.names("history.") else []:
             if local.table is not None:
                 self._comm.during(f"restoring layer {local.layer_index}")
@@ -356,7 +361,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
 def _split(flat: Tensor, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cuts a flat tensor into named tensors of given shapes."""
     parts = torch.split(flat, [tensor.numel() for tensor in shapes.values()])
-    return {
-        name: part.view(tensor.shape)
+    return {  # A norm's counter of steps has travelled as a floating-point number.
+        name: part.view(tensor.shape).to(
+            part.dtype if tensor.is_floating_point() else tensor.dtype
+        )
         for (name, tensor), part in zip(shapes.items(), parts, strict=True)
     }

@@ -25,20 +25,22 @@ ModelName = Literal[
     "revgnn",
 ]
 
-MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool]] = {
-    "gcn": {},
-    "sage": {},
-    "gin": {"train_eps": False},
-    "gat": {"heads": 8},
-    "gcnii": {"alpha": 0.1, "theta": 0.5},
-    "resgcn+": {},
-    "deepergcn": {},
-    "jknet": {},
+NormName = Literal["none", "layer", "batch", "graph"]
+
+MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool | NormName]] = {
+    "gcn": {"norm": "none"},
+    "sage": {"norm": "none"},
+    "gin": {"train_eps": False, "norm": "none"},
+    "gat": {"heads": 8, "norm": "none"},
+    "gcnii": {"alpha": 0.1, "theta": 0.5, "norm": "none"},
+    "resgcn+": {"norm": "layer"},
+    "deepergcn": {"norm": "layer"},
+    "jknet": {"norm": "none"},
     "appnp": {"alpha": 0.1},
     "dagnn": {},
-    "transformer": {"heads": 8},
+    "transformer": {"heads": 8, "norm": "layer"},
     "dgmlp": {},
-    "revgnn": {},
+    "revgnn": {"norm": "layer"},
 }
 """The options that each model has besides the common ones, with their defaults."""
 
@@ -132,6 +134,9 @@ class ModelConfig:
     """gat, transformer (8): attention heads; must divide hidden_channels."""
     train_eps: bool | None = None
     """gin (false): learn the weight of a node's own row."""
+    norm: NormName | None = None
+    """Before the ReLU of gcn, sage, gin, gat, gcnii, jknet (none) and of the residual blocks of
+    resgcn+, deepergcn, transformer, revgnn (layer): of each row, or of columns over all nodes."""
 
     def __post_init__(self) -> None:
         settle(self, "model")
@@ -145,7 +150,7 @@ class ModelConfig:
         require(self.hidden_channels % (self.heads or 1) == 0, "model.heads", self.heads, rule)
 
     @property
-    def options(self) -> dict[str, float | int | bool]:
+    def options(self) -> dict[str, float | int | bool | NormName]:
         """The options of this very model, by name."""
         return {key: getattr(self, key) for key in MODEL_OPTIONS[self.name]}
 

@@ -22,6 +22,9 @@ class LayerShape(Protocol):
     in_channels: int
     out_channels: int
 
+    @property
+    def norm_channels(self) -> int: ...
+
     def parameters(self) -> Iterable[Counted]: ...
 
     def carried_channels(self, name: str) -> int: ...

@@ -17,6 +17,7 @@ from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Kept, Reader, Table, alias
 from gnnpipe.kernels import SparseRows, dropout_rows
 from gnnpipe.models.layer import Layer
+from gnnpipe.moments import NO_NORMS, Norms
 from gnnpipe.record import Entry, Offload, Recipe, Record, edge
 from gnnpipe.shortage import AskingFor
 from gnnpipe.view import View
@@ -40,6 +41,8 @@ class LocalLayer(NamedTuple):
     cells: Cells
     table: Table | None
     """Training table; None for row-wise layers."""
+    norms: Norms = NO_NORMS
+    """The layer's norms over nodes, and what each knows of them."""
 
 
 class Stage:
@@ -114,6 +117,9 @@ class Stage:
         if not has_backward:
             self._records.clear()
         assert not self._records, "chunks without a backward"
+        for local in self.layers:
+            for moments in local.norms.values():
+                moments.end_step()
 
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
@@ -167,6 +173,7 @@ class Stage:
             key=(self._seed, self._epoch, local.layer_index),
             drops_table=layer.aggregates_input,
             is_dropped=recipe.x is None,
+            norms=local.norms,
         )
         with AskingFor("forward", f"activations of layer {local.layer_index}"):
             out = layer(x, view)
@@ -238,7 +245,10 @@ class Stage:
         for local in self.layers:
             cell = local.cells.whole
             with self._inference_table(local, into_tables) as table:
-                view = View(cell, self._reader(table, cell), carried, key=None)
+                for moments in local.norms.values():
+                    moments.warmed = [c.rows for c in local.cells.chunks] if into_tables else []
+                reader = self._reader(table, cell)
+                view = View(cell, reader, carried, key=None, norms=local.norms)
                 with AskingFor("evaluation", f"all rows of layer {local.layer_index}"):
                     x = local.layer(x, view)
             carried |= view.handed_on

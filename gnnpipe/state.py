@@ -1,10 +1,11 @@
 """What a rank puts into a checkpoint and takes out again, under names that no rank appears in.
 
 ``layers.{i}.{parameter}``, ``optimizer.layers.{i}.{parameter}.{key}``, ``history.{i}`` (own rows,
-beside ``node_id``), ``earlier.{i}`` and ``slope.{i}`` where histories are predicted, ``late.{i}``
-where gradients are kept. Weights and moments are equal on all ways, so way 0 writes them; each way
-writes the rows that it owns. Mirrors are copies: they are pulled again from their owners, unless
-messages round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
+beside ``node_id``), ``moments.{i}.{norm}`` (sums over each chunk's rows), ``earlier.{i}`` and
+``slope.{i}`` where histories are predicted, ``late.{i}`` where gradients are kept. Weights, their
+optimizer's moments and norms' are equal on all ways, so way 0 writes them; each way writes the
+rows that it owns. Mirrors are copies: they are pulled again from their owners, unless messages
+round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,21 @@ def history_state(layers: Iterable[LocalLayer]) -> dict[str, Tensor]:
                     recall.slope, dtype=torch.float64
                 )
     return tensors
+
+
+def moment_state(layers: Iterable[LocalLayer]) -> dict[str, Tensor]:
+    """What norms know of each chunk, by layer and norm; the same on all ways."""
+    return {
+        f"moments.{local.layer_index}.{moments.name}": moments.sums
+        for local in layers
+        for moments in local.norms.values()
+    }
+
+
+def load_moments(layers: Iterable[LocalLayer], shards: Shards) -> None:
+    """Overwrites what norms know of each chunk."""
+    for name, sums in moment_state(layers).items():
+        sums.copy_(shards.tensor(name, sums.shape))
 
 
 def load_history(local: LocalLayer, shards: Shards) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnnpipe.cell import Cell
 from gnnpipe.counter import stream_key
@@ -16,6 +16,7 @@ from gnnpipe.kernels import (
     relu,
 )
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Rows
+from gnnpipe.moments import NO_NORMS, Norms
 
 
 class View:
@@ -29,6 +30,7 @@ class View:
         drops_table: what the first dropout gives is what the layer aggregates, so it may be made
             in the table.
         is_dropped: the layer was given what the first dropout has made in the table before.
+        norms: the layer's norms over nodes.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class View:
         key: tuple[int, int, int] | None,
         drops_table: bool = False,
         is_dropped: bool = False,
+        norms: Norms = NO_NORMS,
     ) -> None:
+        self._norms = norms
         self._is_dropped = is_dropped
         self._drops_table = drops_table
         self._cell = cell
@@ -72,6 +76,13 @@ class View:
             self._reader.keep(x)
             out = self._reader.own_rows(x)
         return dropout_rows(x, self._cell.node_id, p=p, key=key, out=out)
+
+    def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        if norm not in self._norms:
+            normed: Tensor = norm(x)
+            return normed
+        moments = self._norms[norm]
+        return moments.infer(x) if self._key is None else moments.train(x, self._cell.place[0])
 
     def relu(self, x: Tensor) -> Tensor:
         return relu(x)

@@ -9,15 +9,19 @@ and M mirror rows over all ways::
     halo       b (M_in + M_out)  sum over aggregating layers of the table's width
                2 b M_in          sum over gathering layers of it
                b M_in            once more where kept rows are put back at an epoch's start
+               16 (W - 1) C (4 H + 1)  for each norm of width H over all nodes: sums of a chunk
     gradient   2 (W - 1) b  sum of parameters, as a ring moves them, for each optimizer step
 
-Depth does not enter the first two, the number of chunks enters none.
+Depth does not enter the first two, the number of chunks only norms over all nodes.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gnnpipe.shapes import LayerShape, num_parameters
+
+SUM_BYTES = 8
+"""Of one number in the sums of a norm."""
 
 
 class MirrorCounts(NamedTuple):
@@ -40,6 +44,7 @@ def predict_comm_bytes(
     element_bytes: int,
     steps: int = 1,
     recalled: bool = False,
+    num_chunks: int = 1,
 ) -> dict[str, int]:
     """Bytes of one epoch over all ranks, by kind.
 
@@ -54,6 +59,7 @@ def predict_comm_bytes(
         steps: optimizer steps of the epoch, all with training nodes; a step without any has no
             backward.
         recalled: whether histories are kept apart from the tables.
+        num_chunks: chunks.
     """
     cuts = [] if is_local_cut else bounds[1:-1]
     tables = [layer for layer in layers if layer.operator != "none"]
@@ -68,7 +74,11 @@ def predict_comm_bytes(
         "halo": halo_rows,
         "gradient": 2 * (num_ways - 1) * num_parameters(layers) * steps,
     }
-    return {kind: count * element_bytes for kind, count in values.items()}
+    found = {kind: count * element_bytes for kind, count in values.items()}
+    # Rows, sums and squares forward, two gradients backward; float64 whatever the model.
+    sums = sum(4 * layer.norm_channels + 1 for layer in layers if layer.norm_channels)
+    found["halo"] += 2 * (num_ways - 1) * num_chunks * SUM_BYTES * sums
+    return found
 
 
 def _rows_per_layer(operator: str, mirrors: MirrorCounts) -> int:

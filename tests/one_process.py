@@ -39,7 +39,13 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             ``keeps_dropout`` and ``history_momentum`` are the history's own.
     """
     values: dict[str, dict[str, Any]] = {
-        "model": {"num_layers": 3, "hidden_channels": 8, "dropout": 0.5, "dtype": "float64"},
+        "model": {
+            "num_layers": 3,
+            "hidden_channels": 8,
+            "dropout": 0.5,
+            "dtype": "float64",
+            "norm": None,
+        },
         "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
         "memory": {"mode": "keep"},
         "parallel": {"virtual_stages": 1, "layers_per_stage": None},

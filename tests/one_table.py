@@ -23,6 +23,9 @@ class Alone:
     def push(self, table: Tensor, exchanges: Sequence[Exchange]) -> None:
         assert not exchanges
 
+    def add_up(self, numbers: Tensor) -> Tensor:
+        return numbers
+
 
 class Way:
     """One way's cells and table."""

@@ -33,7 +33,7 @@ def test_defaults_are_a_deep_gcnii_on_one_process() -> None:
     config = load_config(None)
     assert config == Config()
     assert (config.model.name, config.model.num_layers, config.world_size) == ("gcnii", 32, 1)
-    assert config.model.options == {"alpha": 0.1, "theta": 0.5}
+    assert config.model.options == {"alpha": 0.1, "theta": 0.5, "norm": "none"}
 
 
 def test_world_size_is_stages_times_ways_without_virtual_stages() -> None:
@@ -100,7 +100,7 @@ def test_quotes_around_an_override_are_taken_off() -> None:
 
 def test_override_may_hold_a_whole_section() -> None:
     config = load_config(None, ["model={name: gat, heads: 4}", "model.dropout=0"])
-    assert config.model.options == {"heads": 4}
+    assert config.model.options == {"heads": 4, "norm": "none"}
     assert config.model.dropout == 0.0
 
 
@@ -121,7 +121,7 @@ MISTAKES = [
     ("dropout=0.5", r"`dropout` is not a known key; the nearest is `model.dropout`"),
     ("training.num_stages=2", r"the nearest is `parallel.num_stages`"),
     ("checkpoints.every=50", r"`checkpoints` is not a known key"),
-    ("memory.mode=keep", r"`memory` is not a known key"),
+    ("storage.mode=keep", r"`storage` is not a known key"),
     ("parallel.plan=best", r"`parallel.plan` \(=best\) must be"),
     ("comm.halo=fp16", r"`comm.halo` \(=fp16\) must be"),
     ("history.noise=true", r"`history.noise` is not a known key"),
@@ -268,6 +268,7 @@ def configs(draw: st.DrawFn) -> Config:
         "theta": positive,
         "heads": literals(1, 2, 4),
         "train_eps": st.booleans(),
+        "norm": literals("none", "layer", "batch", "graph"),
     }
     split = draw(st.none() | st.lists(st.integers(1, 5), min_size=3, max_size=6))
     num_layers = sum(split) - 2 if split else draw(st.integers(1, 100))

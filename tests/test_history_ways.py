@@ -53,6 +53,9 @@ class _Trader:
         for exchange in exchanges:
             table.index_add_(0, exchange.send, self._take(exchange.peer))
 
+    def add_up(self, numbers: Tensor) -> Tensor:
+        raise AssertionError("no layer with a norm here")
+
     def _take(self, peer: int) -> Tensor:
         return self._queues[peer, self._way].get(timeout=TIMEOUT_S)
 

@@ -38,7 +38,7 @@ def test_reference_states_type_default_unit_and_meaning() -> None:
     assert any(
         line.startswith("| `checkpoint.every` | integer | `50` | epochs |") for line in lines
     )
-    assert "| `gat` | `heads: 8` |" in lines
+    assert "| `gat` | `heads: 8`, `norm: none` |" in lines
 
 
 def checked(values: Any) -> list[str]:

@@ -197,6 +197,10 @@ class SpyView:
     def foreign_seed(self) -> int | None:
         return None
 
+    def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        normed: Tensor = norm(x)
+        return normed
+
     def relu(self, x: Tensor) -> Tensor:
         return x.relu()
 
@@ -358,7 +362,7 @@ def test_unknown_model_names_the_known_ones() -> None:
 
 
 def test_option_of_another_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"`model\.heads` is no option of gcn; its options: none"):
+    with pytest.raises(UserError, match=r"`model\.heads` is no option of gcn; its options: norm"):
         build("gcn", options={"heads": 2})
 
 

@@ -56,6 +56,7 @@ def predicted(overrides: list[str]) -> dict[str, int]:
         num_ways=ways,
         mirrors=mirrors_of(chunked, ways),
         element_bytes=8 if config.model.dtype == "float64" else 4,
+        num_chunks=chunked.num_chunks,
     )
 
 
@@ -87,6 +88,7 @@ def test_counters_equal_the_formulas_to_the_byte(
         ]
         for model in ("gat", "sage")
     }
+    table["ring-norm"] = [*table["ring-gat-212"], "model.norm=batch"]
     results = train_all(pool, tmp_path, table)
     for name, result in results.items():
         expected = predicted(table[name])

@@ -5,10 +5,12 @@ of them the rows are ``hidden_channels`` wide, beside what the layers carry.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gnnpipe.errors import UserError
+from gnnpipe.models.convolution import Convolution
 from gnnpipe.models.dgmlp import dgmlp_layers
 from gnnpipe.models.gat import GATLayer
 from gnnpipe.models.gcn import GCNLayer
@@ -17,6 +19,7 @@ from gnnpipe.models.gin import GINLayer
 from gnnpipe.models.io import InputLayer, OutputLayer
 from gnnpipe.models.jknet import JKLayer, JKOutputLayer
 from gnnpipe.models.layer import GraphView, Layer
+from gnnpipe.models.norm import NormName, make_norm
 from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
 from gnnpipe.models.reversible import ReversibleLayer
 from gnnpipe.models.sage import SAGELayer
@@ -24,33 +27,28 @@ from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_la
 
 __all__ = ["OPTIONS", "GraphView", "Layer", "build_layers", "end_widths"]
 
-OPTIONS: Mapping[str, Mapping[str, float]] = {
-    "gcn": {},
-    "sage": {},
-    "gin": {"train_eps": False},
-    "gat": {"heads": 8},
-    "gcnii": {"alpha": 0.1, "theta": 0.5},
-    "resgcn+": {},
-    "deepergcn": {},
-    "jknet": {},
+OPTIONS: Mapping[str, Mapping[str, float | NormName]] = {
+    "gcn": {"norm": "none"},
+    "sage": {"norm": "none"},
+    "gin": {"train_eps": False, "norm": "none"},
+    "gat": {"heads": 8, "norm": "none"},
+    "gcnii": {"alpha": 0.1, "theta": 0.5, "norm": "none"},
+    "resgcn+": {"norm": "layer"},
+    "deepergcn": {"norm": "layer"},
+    "jknet": {"norm": "none"},
     "appnp": {"alpha": 0.1},
     "dagnn": {},
-    "transformer": {"heads": 8},
+    "transformer": {"heads": 8, "norm": "layer"},
     "dgmlp": {},
-    "revgnn": {},
+    "revgnn": {"norm": "layer"},
 }
 """Each model's own options and their defaults."""
 
 DECOUPLED = ("appnp", "dagnn")
 """Models that make the class scores first and propagate them."""
 
-HEADS: Mapping[str, type[OutputLayer] | type[ResGCNOutputLayer] | type[JKOutputLayer]] = {
-    "resgcn+": ResGCNOutputLayer,
-    "deepergcn": ResGCNOutputLayer,
-    "transformer": ResGCNOutputLayer,
-    "revgnn": ResGCNOutputLayer,
-    "jknet": JKOutputLayer,
-}
+PRE_ACTIVATED = ("resgcn+", "deepergcn", "transformer", "revgnn")
+"""Models of residual blocks that begin with a norm, as their output layer does."""
 
 
 def build_layers(
@@ -61,7 +59,7 @@ def build_layers(
     out_channels: int,
     num_layers: int,
     dropout: float,
-    options: Mapping[str, float],
+    options: Mapping[str, float | NormName],
     row_entries: float | None = None,
 ) -> list[Layer]:
     """Builds a model, with weights drawn from torch's global generator.
@@ -83,7 +81,7 @@ def build_layers(
     Raises:
         UserError: an unknown model or option, or heads that do not divide the width.
     """
-    chosen = _choose(name, options)
+    chosen, norm = _choose(name, options)
     writes = ("h0",) if name == "gcnii" else ()
     first = InputLayer(
         in_channels, hidden_channels, dropout=dropout, writes=writes, row_entries=row_entries
@@ -95,10 +93,13 @@ def build_layers(
     if name == "dgmlp":
         widths = (hidden_channels, out_channels)
         return [first, *dgmlp_layers(widths=widths, num_layers=num_layers, dropout=dropout)]
-    indices = range(1, num_layers + 1)
-    middle = [_convolution(name, hidden_channels, i, dropout, chosen) for i in indices]
-    head = HEADS.get(name, OutputLayer)
-    return [first, *middle, head(hidden_channels, out_channels, dropout=dropout)]
+    convolutions = _Convolutions(name, hidden_channels, dropout, chosen, norm)
+    middle = [convolutions.layer(i) for i in range(1, num_layers + 1)]
+    ends = hidden_channels, out_channels
+    if name in PRE_ACTIVATED:
+        return [first, *middle, ResGCNOutputLayer(*ends, dropout=dropout, norm=norm)]
+    head = JKOutputLayer if name == "jknet" else OutputLayer
+    return [first, *middle, head(*ends, dropout=dropout)]
 
 
 def end_widths(name: str, num_layers: int, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -122,39 +123,71 @@ def end_widths(name: str, num_layers: int, tensors: Mapping[str, Tensor]) -> tup
     return tensors[ends[0]].shape[1], tensors[ends[1]].shape[0]
 
 
-def _choose(name: str, options: Mapping[str, float]) -> Mapping[str, float]:
+def _choose(
+    name: str, options: Mapping[str, float | NormName]
+) -> tuple[dict[str, float], NormName]:
+    """The model's own numbers and its norm."""
     if name not in OPTIONS:
         raise UserError(f"`model.name` (={name}) is unknown; choose from {', '.join(OPTIONS)}")
     for key in options:
         if key not in OPTIONS[name]:
             known = ", ".join(OPTIONS[name]) or "none"
             raise UserError(f"`model.{key}` is no option of {name}; its options: {known}")
-    return {**OPTIONS[name], **options}
+    numbers: dict[str, float] = {}
+    norm: NormName = "none"
+    for key, value in {**OPTIONS[name], **options}.items():
+        if isinstance(value, str):
+            norm = value
+        else:
+            numbers[key] = value
+    return numbers, norm
 
 
-def _convolution(
-    name: str, channels: int, layer_index: int, dropout: float, options: Mapping[str, float]
-) -> Layer:
-    match name:
-        case "gcn":
-            return GCNLayer(channels, channels, dropout=dropout)
-        case "sage":
-            return SAGELayer(channels, channels, dropout=dropout)
-        case "gin":
-            train_eps = bool(options["train_eps"])
-            return GINLayer(channels, channels, dropout=dropout, train_eps=train_eps)
-        case "gat":
-            return GATLayer(channels, channels, heads=int(options["heads"]), dropout=dropout)
-        case "gcnii":
-            alpha, theta = options["alpha"], options["theta"]
-            return GCNIILayer(channels, layer_index, dropout=dropout, alpha=alpha, theta=theta)
-        case "deepergcn":
-            return deepergcn_layer(channels, dropout=dropout)
-        case "transformer":
-            return transformer_layer(channels, heads=int(options["heads"]), dropout=dropout)
-        case "revgnn":
-            return ReversibleLayer(channels, dropout=dropout)
-        case "jknet":
-            return JKLayer(channels, dropout=dropout, is_first=layer_index == 1)
-        case _:
-            return ResGCNLayer(channels, dropout=dropout)
+class _Convolutions(NamedTuple):
+    """Makes one model's convolutions, the hidden width and dropout of all of them."""
+
+    name: str
+    channels: int
+    dropout: float
+    options: Mapping[str, float]
+    norm: NormName
+
+    def layer(self, layer_index: int) -> Layer:
+        """The convolution at a place, from 1."""
+        if self.name in PRE_ACTIVATED:
+            return self._residual()
+        layer = self._plain(layer_index)
+        inner = layer.conv if isinstance(layer, JKLayer) else layer
+        inner.norm = make_norm(self.norm, self.channels)
+        return layer
+
+    def _plain(self, layer_index: int) -> Convolution | JKLayer:
+        channels, dropout, options = self.channels, self.dropout, self.options
+        match self.name:
+            case "gcn":
+                return GCNLayer(channels, channels, dropout=dropout)
+            case "sage":
+                return SAGELayer(channels, channels, dropout=dropout)
+            case "gin":
+                train_eps = bool(options["train_eps"])
+                return GINLayer(channels, channels, dropout=dropout, train_eps=train_eps)
+            case "gat":
+                return GATLayer(channels, channels, heads=int(options["heads"]), dropout=dropout)
+            case "jknet":
+                return JKLayer(channels, dropout=dropout, is_first=layer_index == 1)
+            case _:
+                alpha, theta = options["alpha"], options["theta"]
+                return GCNIILayer(channels, layer_index, dropout=dropout, alpha=alpha, theta=theta)
+
+    def _residual(self) -> Layer:
+        channels, dropout, norm = self.channels, self.dropout, self.norm
+        match self.name:
+            case "deepergcn":
+                return deepergcn_layer(channels, dropout=dropout, norm=norm)
+            case "transformer":
+                heads = int(self.options["heads"])
+                return transformer_layer(channels, heads=heads, dropout=dropout, norm=norm)
+            case "revgnn":
+                return ReversibleLayer(channels, dropout=dropout, norm=norm)
+            case _:
+                return ResGCNLayer(channels, dropout=dropout, norm=norm)

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from gnnpipe.models.layer import GraphView, Layer
+from gnnpipe.models.norm import NoNorm, Norm
 
 
 class Convolution(Layer):
     """A convolution between dropout and ReLU.
 
-    ``forward(x) = relu(convolve(dropout(x)))``: what neighbours read is already dropped out.
+    ``forward(x) = relu(norm(convolve(dropout(x))))``: what neighbours read is already dropped out.
+    Without a norm it is the identity.
 
     Args:
         in_channels: width of the input.
@@ -25,6 +27,7 @@ class Convolution(Layer):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.dropout = dropout
+        self.norm: Norm = NoNorm()
 
     @property
     def input_lies_in_table(self) -> bool:
@@ -37,7 +40,16 @@ class Convolution(Layer):
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Drops out, convolves and rectifies the rows."""
-        return graph.relu(self.convolve(graph.dropout(x, self.dropout), graph))
+        h = self.convolve(graph.dropout(x, self.dropout), graph)
+        return graph.relu(graph.normalise(h, self.norm))
+
+    def reset_parameters(self) -> None:
+        """The norm becomes the plain one; subclasses draw their weights besides."""
+        self.norm.reset_parameters()
+
+    def norm_numbers(self, num_rows: int) -> int:
+        """What a norm keeps of one chunk, in numbers: its input."""
+        return 0 if isinstance(self.norm, NoNorm) else num_rows * self.out_channels
 
 
 def glorot(weight: Tensor) -> None:

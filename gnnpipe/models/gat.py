@@ -61,6 +61,7 @@ class GATLayer(Convolution):
 
     def reset_parameters(self) -> None:
         """Draws the weights by Glorot's rule; the bias starts at zero."""
+        super().reset_parameters()
         for weight in (self.lin.weight, self.att_src, self.att_dst):
             glorot(weight)
         nn.init.zeros_(self.bias)
@@ -69,7 +70,7 @@ class GATLayer(Convolution):
         """Input, projected rows, gathered ones with their halo; attention of every edge."""
         rows = num_rows * (self.in_channels + 4 * self.out_channels)
         edges = 3 * (num_edges + num_rows) * self.heads
-        return rows + edges
+        return rows + edges + self.norm_numbers(num_rows)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product; rows are gathered, weighted and summed edge by edge."""

@@ -39,12 +39,13 @@ class GCNLayer(Convolution):
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule; the bias starts at zero."""
+        super().reset_parameters()
         glorot(self.lin.weight)
         nn.init.zeros_(self.bias)
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """A bit of the output; the product's input lies in the table."""
-        return num_rows * self.out_channels // 32
+        return num_rows * self.out_channels // 32 + self.norm_numbers(num_rows)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product and one sum over the edges."""

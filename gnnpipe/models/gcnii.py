@@ -58,11 +58,13 @@ class GCNIILayer(Convolution):
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule."""
+        super().reset_parameters()
         glorot(self.weight1)
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """A bit of the output and the mixed weight; the mixed sum lies in the table."""
-        return num_rows * self.out_channels // 32 + self.in_channels * self.out_channels
+        kept = num_rows * self.out_channels // 32 + self.norm_numbers(num_rows)
+        return kept + self.in_channels * self.out_channels
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product and one sum over the edges."""

@@ -46,6 +46,7 @@ class GINLayer(Convolution):
 
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``; ``eps`` becomes 0."""
+        super().reset_parameters()
         self.first.reset_parameters()
         self.second.reset_parameters()
         if self.eps is not None:
@@ -53,7 +54,8 @@ class GINLayer(Convolution):
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """The input of each product, a bit of either result."""
-        return num_rows * (self.in_channels + self.out_channels + 2 * self.out_channels // 32)
+        kept = num_rows * (self.in_channels + self.out_channels + 2 * self.out_channels // 32)
+        return kept + self.norm_numbers(num_rows)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """Two dense products and one sum over the edges."""

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, TypeVar
 from torch import Tensor, nn
 
 from gnnpipe.kernels import SparseRows
+from gnnpipe.models.norm import NodeNorm
 
 NEGATIVE_SLOPE = 0.2
 """Slope of attention's leaky ReLU below zero."""
@@ -65,6 +66,13 @@ class GraphView(Protocol):
 
     def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
         """The same for values on the edges of ``gather``, ``[E, heads]``."""
+        ...
+
+    def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Runs one of the layer's norms, once in a forward; see :mod:`gnnpipe.models.norm`.
+
+        Statistics over nodes are those of all nodes, as far as they are known (moments.py).
+        """
         ...
 
     def relu(self, x: Tensor) -> Tensor:
@@ -141,8 +149,11 @@ class Layer(nn.Module, ABC):
 
     @property
     def can_run_again(self) -> bool:
-        """Whether its forward on a chunk gives the same once the other chunks' have run."""
-        return True
+        """Whether its forward on a chunk gives the same once the other chunks' have run.
+
+        Statistics over all nodes will have moved on by then.
+        """
+        return not self.norm_channels
 
     @abstractmethod
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
@@ -170,6 +181,11 @@ class Layer(nn.Module, ABC):
             num_edges: edges into them.
         """
         return num_rows * (2 * self.in_channels + self.table_channels + self.out_channels)
+
+    @property
+    def norm_channels(self) -> int:
+        """Columns that are normalised over all nodes."""
+        return sum(part.num_features for part in self.modules() if isinstance(part, NodeNorm))
 
     def carried_channels(self, name: str) -> int:
         """Width of the carried tensor ``name`` that this layer writes."""

@@ -3,12 +3,13 @@
 torch_geometric is imported inside the functions: training the built-in models does without it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from gnnpipe.errors import UserError
+from gnnpipe.models.norm import NormName, make_norm
 
 Options = Mapping[str, Any]
 MakeConv = Callable[[int, Options], nn.Module]
@@ -55,20 +56,25 @@ class PlainModel(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.first = nn.Linear(in_channels, hidden)
         self.convs = nn.ModuleList(make(hidden, {**options, "layer": i}) for i in numbers)
-        self.norm = nn.LayerNorm(hidden) if name in PRE_ACTIVATED else nn.Identity()
+        # Every block has its own norm and the last rows one; plain convolutions one after each.
+        is_residual, kind = name in PRE_ACTIVATED, settings.options["norm"]
+        self.norm = _norm(kind, hidden) if is_residual else nn.Identity()
+        self.norms = nn.ModuleList(
+            nn.Identity() if is_residual else _norm(kind, hidden) for _ in numbers
+        )
         self.last = nn.Linear(hidden, out_channels)
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """Maps ``[N, F]`` to scores ``[N, num_classes]``."""
         h = first = self.first(self.dropout(x)).relu()
         jumps = []
-        for conv in self.convs:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
             if self.name in PRE_ACTIVATED:
                 h = conv(h, edge_index)
                 continue
             own = (self.dropout(h), first) if self.name == "gcnii" else (self.dropout(h),)
             weights = {"edge_weight": edge_weight} if self.name in WEIGHTED else {}
-            h = conv(*own, edge_index, **weights).relu()
+            h = norm(conv(*own, edge_index, **weights)).relu()
             jumps.append(h)
         if self.name == "jknet":
             for each in jumps:
@@ -76,6 +82,12 @@ class PlainModel(nn.Module):
         h = self.norm(h).relu() if self.name in PRE_ACTIVATED else h
         scores: Tensor = self.last(self.dropout(h))
         return scores
+
+    def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """What batch norms know besides their weights, by name."""
+        for place, part in self.named_modules():
+            if isinstance(part, nn.BatchNorm1d):
+                yield from ((f"{place}.{name}", value) for name, value in part.named_buffers())
 
     def name_of(self, name: str) -> str:
         """What a run's file calls one of this module's tensors, ``layers.{i}.{parameter}``."""
@@ -88,6 +100,8 @@ class PlainModel(nn.Module):
         if part == "norm":
             return f"layers.{last}.norm.{rest}"
         index, _, inner = rest.partition(".")
+        if part == "norms":
+            return f"layers.{int(index) + 1}.{'conv.' if self.name == 'jknet' else ''}norm.{inner}"
         for theirs, ours in RENAMED.get(self.name, ()):
             inner = inner.replace(theirs, ours)
         return f"layers.{int(index) + 1}.{inner}"
@@ -148,7 +162,16 @@ def _residual(conv: nn.Module, channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import DeepGCNLayer
 
     own = {"block": "res+", "dropout": options["dropout"]}
-    return DeepGCNLayer(conv, nn.LayerNorm(channels), nn.ReLU(), **own)  # type: ignore[no-any-return]
+    norm = _norm(options["norm"], channels)
+    return DeepGCNLayer(conv, norm, nn.ReLU(), **own)  # type: ignore[no-any-return]
+
+
+def _norm(kind: NormName, channels: int) -> nn.Module:
+    if kind == "graph":
+        from torch_geometric.nn import GraphNorm
+
+        return GraphNorm(channels)  # type: ignore[no-any-return]
+    return make_norm(kind, channels)
 
 
 PLAIN: Mapping[str, MakeConv] = {

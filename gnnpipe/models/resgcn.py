@@ -5,30 +5,32 @@ from torch import Tensor, nn
 from gnnpipe.kernels import linear
 from gnnpipe.models.cost import dense_flops
 from gnnpipe.models.layer import GraphView, Layer
+from gnnpipe.models.norm import NormName, make_norm
 from gnnpipe.models.sage import SAGELayer
 
 
 class ResGCNLayer(Layer):
     """Li et al., "DeeperGCN: all you need to train deeper GCNs".
 
-    ``forward(x) = x + convolve(dropout(relu(LayerNorm(x))))``, equal to torch_geometric's
+    ``forward(x) = x + convolve(dropout(relu(norm(x))))``, equal to torch_geometric's
     ``DeepGCNLayer`` with ``block="res+"`` around ``SAGEConv``.
 
     Args:
         channels: width of the input and of the output.
         dropout: probability of a zero before the convolution, in [0, 1).
+        norm: which one.
     """
 
     operator = "mean"
     aggregates_input = True
 
-    def __init__(self, channels: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, *, dropout: float = 0.0, norm: NormName = "layer") -> None:
         super().__init__()
         self.in_channels = channels
         self.out_channels = channels
         self.table_channels = channels
         self.dropout = dropout
-        self.norm = nn.LayerNorm(channels)
+        self.norm = make_norm(norm, channels)
         self.conv = SAGELayer(channels, channels)
 
     def convolve(self, x: Tensor, graph: GraphView) -> Tensor:
@@ -37,7 +39,9 @@ class ResGCNLayer(Layer):
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Adds the convolved rows to the rows."""
-        h = graph.dropout(self.norm(x).relu(), self.dropout)  # [num_rows, channels]
+        h = graph.dropout(
+            graph.normalise(x, self.norm).relu(), self.dropout
+        )  # [num_rows, channels]
         return x + self.convolve(h, graph)
 
     def reset_parameters(self) -> None:
@@ -55,25 +59,35 @@ class ResGCNLayer(Layer):
 
 
 class ResGCNOutputLayer(Layer):
-    """Maps the residual stream to class scores, ``dropout(relu(LayerNorm(x))) W^T + b``.
+    """Maps the residual stream to class scores, ``dropout(relu(norm(x))) W^T + b``.
 
     Args:
         in_channels: hidden width.
         out_channels: number of classes.
         dropout: probability of a zero before the product, in [0, 1).
+        norm: which one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float = 0.0,
+        norm: NormName = "layer",
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.dropout = dropout
-        self.norm = nn.LayerNorm(in_channels)
+        self.norm = make_norm(norm, in_channels)
         self.lin = nn.Linear(in_channels, out_channels)
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Maps ``[num_rows, in_channels]`` to scores ``[num_rows, out_channels]``."""
-        h = graph.dropout(self.norm(x).relu(), self.dropout)  # [num_rows, in_channels]
+        h = graph.dropout(
+            graph.normalise(x, self.norm).relu(), self.dropout
+        )  # [num_rows, in_channels]
         return linear(h, self.lin.weight, self.lin.bias)
 
     def reset_parameters(self) -> None:

@@ -8,6 +8,7 @@ from gnnpipe.kernels import linear
 from gnnpipe.models.convolution import glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView, Layer
+from gnnpipe.models.norm import NormName, make_norm
 
 
 class ReversibleLayer(Layer):
@@ -15,7 +16,7 @@ class ReversibleLayer(Layer):
 
     The channels are two halves ``[a | b]``, of which one is changed and they swap places::
 
-        f(b) = D^-1/2 (A + I) D^-1/2 dropout(relu(LayerNorm(b))) W^T + c
+        f(b) = D^-1/2 (A + I) D^-1/2 dropout(relu(norm(b))) W^T + c
         forward([a | b]) = [b | a + f(b)]
 
     Two layers make the paper's block with two groups. The pipeline keeps what autograd asks for:
@@ -24,6 +25,7 @@ class ReversibleLayer(Layer):
     Args:
         channels: width, even.
         dropout: probability of a zero in what is convolved, in [0, 1).
+        norm: which one.
 
     Raises:
         UserError: the width is odd.
@@ -32,7 +34,7 @@ class ReversibleLayer(Layer):
     operator = "gcn"
     aggregates_input = True
 
-    def __init__(self, channels: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, *, dropout: float = 0.0, norm: NormName = "layer") -> None:
         if channels % 2:
             raise UserError(
                 f"`model.hidden_channels` (={channels}) must be even for reversible layers, which "
@@ -42,7 +44,7 @@ class ReversibleLayer(Layer):
         self.in_channels = self.out_channels = channels
         self.table_channels = half = channels // 2
         self.dropout = dropout
-        self.norm = nn.LayerNorm(half)
+        self.norm = make_norm(norm, half)
         self.lin = nn.Linear(half, half)
         self.reset_parameters()
 
@@ -57,8 +59,8 @@ class ReversibleLayer(Layer):
         return torch.cat((changed - self._change(b, graph), b), dim=1)
 
     def _change(self, b: Tensor, graph: GraphView) -> Tensor:
-        h = graph.aggregate(graph.dropout(self.norm(b).relu(), self.dropout))
-        return linear(h, self.lin.weight, self.lin.bias)
+        h = graph.dropout(graph.normalise(b, self.norm).relu(), self.dropout)
+        return linear(graph.aggregate(h), self.lin.weight, self.lin.bias)
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule; the bias starts at zero, the norm as the identity."""

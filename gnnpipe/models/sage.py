@@ -35,12 +35,13 @@ class SAGELayer(Convolution):
 
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
+        super().reset_parameters()
         self.lin_l.reset_parameters()
         self.lin_r.reset_parameters()
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """A bit of the output; the inputs of both products lie in the table."""
-        return num_rows * self.out_channels // 32
+        return num_rows * self.out_channels // 32 + self.norm_numbers(num_rows)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """Two dense products and one sum over the edges."""

@@ -11,17 +11,18 @@ from gnnpipe.models.foreign.block import BlockLayer
 from gnnpipe.models.foreign.hops import HopLayer, Recurrence
 from gnnpipe.models.foreign.residual import ResidualLayer
 from gnnpipe.models.layer import Layer
+from gnnpipe.models.norm import NormName, make_norm
 
 
-def deepergcn_layer(channels: int, *, dropout: float) -> Layer:
+def deepergcn_layer(channels: int, *, dropout: float, norm: NormName) -> Layer:
     """Li et al., "DeeperGCN": res+ around GENConv with learned softmax aggregation."""
     from torch_geometric.nn import GENConv
 
     conv = GENConv(channels, channels, aggr="softmax", learn_t=True, num_layers=2, norm="layer")
-    return _residual(conv, channels, dropout)
+    return _residual(conv, channels, dropout, norm)
 
 
-def transformer_layer(channels: int, *, heads: int, dropout: float) -> Layer:
+def transformer_layer(channels: int, *, heads: int, dropout: float, norm: NormName) -> Layer:
     """A pre-normalised transformer block whose attention is over the in-neighbours."""
     from torch_geometric.nn import TransformerConv
 
@@ -29,7 +30,8 @@ def transformer_layer(channels: int, *, heads: int, dropout: float) -> Layer:
         raise UserError(
             f"`heads` (={heads}) must divide `hidden_channels` (={channels}); choose a divisor"
         )
-    return _residual(TransformerConv(channels, channels // heads, heads), channels, dropout)
+    conv = TransformerConv(channels, channels // heads, heads)
+    return _residual(conv, channels, dropout, norm)
 
 
 def decoupled_layers(
@@ -55,6 +57,6 @@ def decoupled_layers(
     return layers
 
 
-def _residual(conv: nn.Module, channels: int, dropout: float) -> Layer:
+def _residual(conv: nn.Module, channels: int, dropout: float, norm: NormName) -> Layer:
     block = BlockLayer(conv, "bipartite", widths=(channels, channels))
-    return ResidualLayer(block, norm=nn.LayerNorm(channels), act=nn.ReLU(), dropout=dropout)
+    return ResidualLayer(block, norm=make_norm(norm, channels), act=nn.ReLU(), dropout=dropout)

@@ -101,6 +101,10 @@ class _Block:
         """Evaluation."""
         return alpha
 
+    def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """A block layer has none."""
+        raise AssertionError
+
     def relu(self, x: Tensor) -> Tensor:
         """Plain."""
         return x.relu()

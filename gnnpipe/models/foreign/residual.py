@@ -20,7 +20,7 @@ class ResidualLayer(Layer):
 
     Args:
         conv: a layer that keeps the width, unless ``plain``.
-        norm: row-wise, or None.
+        norm: row-wise, over all nodes (:mod:`gnnpipe.models.norm`), or None.
         act: activation, or None.
         order: of the parts.
         dropout: probability of a zero, in [0, 1).
@@ -56,7 +56,7 @@ class ResidualLayer(Layer):
         for module in (self.norm, self.act):
             if module is not None:
                 with foreign(module, graph):
-                    x = module(x)
+                    x = graph.normalise(x, module)
         return x
 
     def reset_parameters(self) -> None:
