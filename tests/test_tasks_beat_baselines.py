@@ -14,6 +14,7 @@ SHORT = {  # epochs that are enough, and what must be beaten
     "regression": (30, "perceptron"),
     "multi_task_auc": (10, "constant"),
     "link": (20, "perceptron"),
+    "inductive": (10, "perceptron"),
 }
 
 
