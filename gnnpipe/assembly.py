@@ -44,6 +44,8 @@ class Plan(NamedTuple):
     late_gradient: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
+    history_dtype: torch.dtype | None = None
+    """Of the tables' values; None is that of everything else."""
     memory: str = "keep"
     """Where what backwards need comes from: ``keep``, ``recompute`` or ``offload``."""
     is_trained: bool = True
@@ -183,6 +185,7 @@ class _StageBuilder:
             recall=recall,
             late=late,
             scratch=self._shared_gradients(layer, cells, num_gradients),
+            dtype=plan.history_dtype,
         )
 
     def _shared_gradients(self, layer: Layer, cells: Cells, num_rows: int) -> Tensor | None:

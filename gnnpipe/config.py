@@ -118,6 +118,7 @@ class Config:
         )
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
+        self._check_rounding()
         if self.device == "cpu":
             require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
         if self.task.kind == "link" and self.parallel.num_ways > 1:
@@ -130,6 +131,20 @@ class Config:
     def world_size(self) -> int:
         """Number of processes."""
         return self.parallel.num_stages * self.parallel.num_ways
+
+    def _check_rounding(self) -> None:
+        dtype, history = self.history.dtype, self.history
+        if dtype is None:
+            return
+        kept = history.is_recalled or history.late_gradient > 0
+        others = {
+            "model.dtype": (self.model.dtype, "float32", self.model.dtype == "float32"),
+            "parallel.num_ways": (self.parallel.num_ways, "1", self.parallel.num_ways == 1),
+            "history": ("what is kept besides the tables", "without it", not kept),
+        }
+        for name, (value, rule, is_right) in others.items():
+            text = f"goes with `{name}` {rule} only, not with {value}; set it to null"
+            require(is_right, "history.dtype", dtype, text)
 
     def _check_inductive(self) -> None:
         given = {

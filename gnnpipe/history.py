@@ -63,6 +63,7 @@ class Table:
         late: last epoch's gradients, of an aggregation.
         scratch: memory for the gradients that other tables use too; only where no chunk reads
             another's rows, and where a layer's forward is run again before its backward.
+        dtype: of the values; None is that of ``like``.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class Table:
         recall: Recall | None = None,
         late: LateGradients | None = None,
         scratch: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.values = like.new_zeros((num_values, channels))
+        self.values = like.new_zeros((num_values, channels), dtype=dtype)
         self.is_shared = scratch is not None
         if scratch is None:
             scratch = like.new_zeros((num_gradients, channels))
@@ -137,10 +139,15 @@ class Table:
         """
         num_values = self.values.shape[0]
         is_enough = self.gradients.shape[0] >= num_values
-        table = Table(0 if is_enough else num_values, 0, channels, like=self.values, period=1)
+        table = Table(0 if is_enough else num_values, 0, channels, like=self.gate, period=1)
         if is_enough:
             table.values = self.gradients[:num_values]
         return table
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the values are held as they were computed."""
+        return self.values.dtype == self.gradients.dtype
 
     def zeroed_gradients(self) -> Tensor:
         """The gradients of a gather, which are added up: zero at first use in an epoch."""
@@ -226,6 +233,13 @@ class Reader:
         # Measuring the drift needs the old rows beside the new ones.
         return alias(values, self.cell.rows) if is_alike and self.table.drift is None else None
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` as the table will hold it; its gradient is that of ``x``."""
+        if self.table.values.dtype == x.dtype:
+            return x
+        rows: Tensor = _Round.apply(x, self.table.values.dtype)  # type: ignore[no-untyped-call]
+        return rows
+
     def write(self, x: Tensor) -> Callable[[], None]:
         """Makes the cell's rows fresh, here and in the mirrors of the other ways.
 
@@ -244,6 +258,16 @@ class Reader:
             self.table.drift += torch.stack(squares).cpu()
         rows.copy_(x)
         return self.halo.pull(self.table.values, self.cell.in_exchanges)
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:  # Any: torch's context
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _Aggregate(torch.autograd.Function):
@@ -333,7 +357,7 @@ class _Gather(torch.autograd.Function):
         assert reader.cell.edges is not None
         halo = reader.kept.halo if reader.kept is not None else None
         if halo is None:
-            halo = reader.table.values[reader.cell.edges.halo]
+            halo = reader.table.values[reader.cell.edges.halo].to(x.dtype)
         if reader.kept is not None:
             reader.kept.halo = halo
         return torch.cat((x.detach(), halo))

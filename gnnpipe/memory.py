@@ -2,7 +2,8 @@
 
 With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per number::
 
-    tables       b sum over the stage's tables of width (n + m_in  +  n + m_out)
+    tables       b sum over the stage's tables of width (n + m_in  +  n + m_out); the first half
+                 of it 2 bytes per number with ``history.dtype: bfloat16``
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
                  of layers that run again their input, if no table holds it, and carried rows
     records      RECORD_BYTES for each layer and chunk: autograd's nodes, small tensors, objects
@@ -79,12 +80,15 @@ class Storage(NamedTuple):
     """Epochs between snapshots; above 1 tables have a second copy of their values."""
     mode: str = "keep"
     """``memory.mode``."""
+    has_half_tables: bool = False
+    """Whether a number of a table's values takes two bytes."""
 
 
 def storage_of(config: Config) -> Storage:
     """What a configuration asks for."""
     element_bytes = 8 if config.model.dtype == "float64" else 4
-    return Storage(element_bytes, config.history.period, config.memory.mode)
+    is_half = config.history.dtype is not None
+    return Storage(element_bytes, config.history.period, config.memory.mode, is_half)
 
 
 PLAIN = Storage()
@@ -183,7 +187,8 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
         else:
             gradients += numbers
     copies = 2 if storage.period > 1 else 1
-    return storage.element_bytes * (copies * values + gradients + sum(shared.values()))
+    value_bytes = copies * (2 if storage.has_half_tables else storage.element_bytes)
+    return value_bytes * values + storage.element_bytes * (gradients + sum(shared.values()))
 
 
 def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes: int) -> int:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from gnnpipe.history import Kept
+from gnnpipe.history import Kept, is_same_memory
 from gnnpipe.kernels import SparseRows
+from gnnpipe.view import View
 
 
 class Record(NamedTuple):
@@ -74,6 +75,28 @@ class _Enter(torch.autograd.Function):
 def edge(value: Tensor) -> GradientEdge | None:
     """Where the backward of a value starts; the value itself need not be kept for it."""
     return get_gradient_edge(value) if value.requires_grad else None
+
+
+class TableRows(saved_tensors_hooks):
+    """While it is entered, autograd saves no rows that the layer's table holds at lower precision.
+
+    Args:
+        view: of the layer that runs.
+        values: the table's rows of the cell.
+    """
+
+    def __init__(self, view: View, values: Tensor) -> None:
+        def pack(saved: Tensor) -> tuple[torch.dtype | None, Tensor]:
+            rows = view.in_table
+            if rows is not None and is_same_memory(rows, saved):
+                return saved.dtype, values
+            return None, saved.detach()  # itself it would hold the graph that holds it
+
+        def unpack(packed: tuple[torch.dtype | None, Tensor]) -> Tensor:
+            dtype, saved = packed
+            return saved if dtype is None else saved.to(dtype)
+
+        super().__init__(pack, unpack)
 
 
 class Offload(saved_tensors_hooks):

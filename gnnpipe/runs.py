@@ -166,6 +166,7 @@ class PipelineRun:
             ),
             late_gradient=config.history.late_gradient,
             memory=config.memory.mode,
+            history_dtype=torch.bfloat16 if config.history.dtype == "bfloat16" else None,
             task=configured_task(config, chunked),
         )
         assert plan.task is not None

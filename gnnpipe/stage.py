@@ -18,7 +18,7 @@ from gnnpipe.history import Halo, Kept, Reader, Table, alias
 from gnnpipe.kernels import SparseRows, dropout_rows
 from gnnpipe.models.layer import Layer
 from gnnpipe.moments import NO_NORMS, Norms
-from gnnpipe.record import Entry, Offload, Recipe, Record, edge
+from gnnpipe.record import Entry, Offload, Recipe, Record, TableRows, edge
 from gnnpipe.shortage import AskingFor
 from gnnpipe.view import View
 
@@ -134,8 +134,7 @@ class Stage:
         for local in self.layers:
             read = {name: carried[name] for name in local.layer.reads}
             recipe = Recipe(x, read, Kept() if self._runs_again(local) else None)
-            with self._saving():
-                out, record, handed_on = self._run(local, chunk_index, recipe)
+            out, record, handed_on = self._run(local, chunk_index, recipe)
             is_record = recipe.kept is None
             records.append(record if is_record else self._shortened(local, recipe))
             x = out.detach()
@@ -152,7 +151,7 @@ class Stage:
         table, x = local.table, recipe.x
         if table is None or not isinstance(x, Tensor) or not local.layer.input_lies_in_table:
             return recipe
-        return recipe._replace(x=None) if table.values.dtype == x.dtype else recipe
+        return recipe._replace(x=None)
 
     def _run(
         self, local: LocalLayer, chunk_index: int, recipe: Recipe
@@ -161,7 +160,7 @@ class Stage:
         cell, layer, x = local.cells.chunks[chunk_index], local.layer, recipe.x
         if x is None:
             assert local.table is not None
-            x = alias(local.table.values, cell.rows)
+            x = alias(local.table.values, cell.rows).to(local.table.gradients.dtype)
         entry = Entry(x) if local.layer_index > 0 and isinstance(x, Tensor) else None
         if entry is not None and isinstance(x, Tensor):
             x = entry.rows(x)
@@ -175,15 +174,18 @@ class Stage:
             is_dropped=recipe.x is None,
             norms=local.norms,
         )
-        with AskingFor("forward", f"activations of layer {local.layer_index}"):
+        asking = AskingFor("forward", f"activations of layer {local.layer_index}")
+        with asking, self._saving(local.table, view):
             out = layer(x, view)
         ends = {name: edge(value) for name, value in view.handed_on.items()}
         return out, Record(entry, entries, edge(out), ends), view.handed_on
 
-    def _saving(self) -> AbstractContextManager[object]:
+    def _saving(self, table: Table | None, view: View) -> AbstractContextManager[object]:
         """Where autograd keeps what the backward needs, while a forward runs."""
         if self._mode != "offload":
-            return nullcontext()
+            if table is None or view.reader is None or table.is_exact:
+                return nullcontext()
+            return TableRows(view, alias(table.values, view.reader.cell.rows))
         tables = (part for t in self.tables for part in (t.values, t.gradients))
         return Offload([*tables, *self.parameters], pins=torch.cuda.is_available())
 

@@ -48,34 +48,43 @@ class View:
         self._is_dropped = is_dropped
         self._drops_table = drops_table
         self._cell = cell
-        self._reader = reader
+        self.reader = reader
         self._carried = carried
         self._key = key
         self._num_sites = 0
         self.handed_on: dict[str, Tensor] = {}
+        self.in_table: Tensor | None = None
+        """What the first dropout gave, if the table is going to hold the same numbers."""
 
     def aggregate(self, x: Tensor) -> Tensor:
-        assert self._reader is not None
-        return self._reader.aggregate(x)
+        assert self.reader is not None
+        return self.reader.aggregate(x)
 
     def gather(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._reader is not None
+        assert self.reader is not None
         assert self._cell.edges is not None
-        return self._reader.gather(x), self._cell.edges.edge_index
+        return self.reader.gather(x), self._cell.edges.edge_index
 
     def dropout(self, x: Rows, p: float) -> Rows:
         key = self._next_key()
-        if key is None or p == 0.0:
+        if key is None:
             return x
         if not isinstance(x, Tensor):
-            return dropout_rows(x, self._cell.node_id, p=p, key=key)
-        if self._is_dropped and self._num_sites == 1:
-            return dropped_rows(x, self._cell.node_id, p=p, key=key)
-        out = None
-        if self._drops_table and self._num_sites == 1 and self._reader is not None:
-            self._reader.keep(x)
-            out = self._reader.own_rows(x)
-        return dropout_rows(x, self._cell.node_id, p=p, key=key, out=out)
+            return dropout_rows(x, self._cell.node_id, p=p, key=key) if p else x
+        if self._drops_table and self._num_sites == 1 and self.reader is not None:
+            return self._dropout_for(self.reader, x, p, key)
+        return dropout_rows(x, self._cell.node_id, p=p, key=key) if p else x
+
+    def _dropout_for(self, reader: Reader, x: Tensor, p: float, key: int) -> Tensor:
+        """The rows that the layer will aggregate, in the table if they can be made there."""
+        node_id = self._cell.node_id
+        if self._is_dropped:
+            x = dropped_rows(x, node_id, p=p, key=key) if p else x
+        elif p:
+            reader.keep(x)
+            x = dropout_rows(x, node_id, p=p, key=key, out=reader.own_rows(x))
+        self.in_table = reader.rounded(x)
+        return self.in_table
 
     def normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
         if norm not in self._norms:

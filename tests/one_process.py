@@ -59,6 +59,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "predict": None,
             "max_drift": None,
             "late_gradient": 0.0,
+            "history_dtype": None,
         },
     }
     values["model"] |= {"name": name} | ({"heads": 2} if name == "gat" else {})
@@ -68,6 +69,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
     history = values["history"]
     history["dropout"] = history.pop("keeps_dropout")
     history["momentum"] = history.pop("history_momentum")
+    history["dtype"] = history.pop("history_dtype")
     return from_dict({"seed": seed, **values})
 
 

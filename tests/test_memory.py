@@ -47,10 +47,18 @@ def predicted(run: PipelineRun, *, period: int = 1, storage: Storage = PLAIN) ->
     )
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("name", ["sage", "gat", "revgnn"])
-def test_tables_of_layers_that_run_again_are_predicted(name: str) -> None:
+def test_tables_of_layers_that_run_again_are_predicted(name: str, dtype: str | None) -> None:
     graph = woven(NUM_NODES)
-    config = settings(name, hidden_channels=64, num_layers=6, dtype="float32", mode="recompute")
+    config = settings(
+        name,
+        hidden_channels=64,
+        num_layers=6,
+        dtype="float32",
+        mode="recompute",
+        history_dtype=dtype,
+    )
     for chunk_id in ([0] * NUM_NODES, striped(graph, NUM_CHUNKS)):
         run = pipeline(graph, config, chunk_id)
         chunked = drawn.cut(graph, chunk_id)

@@ -106,7 +106,10 @@ def test_a_checkpoint_of_any_ranks_loads_on_any_other(
         assert losses(tmp_path / name) == pytest.approx(losses(whole), abs=1e-12), name
 
 
-@pytest.mark.parametrize("options", [["history.period=3"], ["history.warm_start=zeros"]])
+@pytest.mark.parametrize(
+    "options",
+    [["history.period=3"], ["history.warm_start=zeros"], ["history.dtype=bfloat16"]],
+)
 def test_snapshots_and_first_histories_are_kept(
     options: list[str], ring: Path, tmp_path: Path
 ) -> None:

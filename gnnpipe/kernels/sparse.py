@@ -100,18 +100,22 @@ def aggregate(
 
     Args:
         block: the rows.
-        table: ``[num_columns, F]``, contiguous, float32 or float64.
+        table: ``[num_columns, F]``, contiguous, float32 or float64; or bfloat16, whose sums
+            are float32.
         out: where to write, ``[block.num_rows, F]``; None allocates.
         rows: rows of the block to compute, int64, ascending; None is all of them.
-        gate: factor of each table row, ``[num_columns]``, of the table's dtype; None is one. A
+        gate: factor of each table row, ``[num_columns]``, of the result's dtype; None is one. A
             row whose factor is zero is not read, so it may hold anything.
 
     Returns:
         ``[block.num_rows, F]``.
     """
+    is_half = table.dtype == torch.bfloat16
     if out is None:
-        out = table.new_empty((block.num_rows, table.shape[1]))
+        dtype = torch.float32 if is_half else table.dtype
+        out = table.new_empty((block.num_rows, table.shape[1]), dtype=dtype)
     if table.device.type != "cpu":
+        table = table.to(out.dtype)
         if gate is not None:
             table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
         product = block.matrix(table.shape[0], table.dtype) @ table
@@ -119,7 +123,9 @@ def aggregate(
     work = block.num_entries * table.shape[1]
     chosen = None if rows is None else rows.numpy()
     gates = None if gate is None else gate.numpy()
-    arrays = (*block.numpy, gates, chosen, table.numpy(), out.numpy())
+    # numpy knows no bfloat16: the kernel reads its bits.
+    numbers = table.view(torch.uint16).numpy() if is_half else table.numpy()
+    arrays = (*block.numpy, gates, chosen, numbers, out.numpy())
     cpu.aggregate(*arrays, numba.get_num_threads(), work=work)
     return out
 

@@ -31,7 +31,8 @@ def _sum_row(  # type: ignore[no-untyped-def]
     ``factor_e`` is the product of ``weight[e]``, ``col_scale[j_e]`` and ``gate[j_e]``, each None
     for one; entries whose gate is zero are not read at all. ``columns`` is (a, b); that is
     ``num_vectors`` (a literal) vectors, the last of them possibly in part. ``head`` is (h, H) of
-    weights ``[E * H]`` of which every H-th counts, from h; (0, 1) is all.
+    weights ``[E * H]`` of which every H-th counts, from h; (0, 1) is all. A table of uint16 holds
+    bfloat16: the upper half of each float32.
     """
     if not isinstance(num_vectors, types.IntegerLiteral):
         return None
@@ -67,6 +68,7 @@ class _Row:
         self.head, self.num_heads = cgutils.unpack_tuple(builder, head, 2)
         self.number = ir.FloatType() if kinds[2].dtype == types.float32 else ir.DoubleType()
         self.number_bytes = 4 if kinds[2].dtype == types.float32 else 8
+        self.is_half = kinds[1].dtype == types.uint16
         self.lanes = VECTOR_BYTES // self.number_bytes
         self.vector = ir.VectorType(self.number, self.lanes)
         self.suffix = f"v{self.lanes}f{8 * self.number_bytes}"
@@ -114,7 +116,7 @@ class _Row:
             factor = self._splat(factor, self.number)
             fma = self._declare(f"llvm.fma.{self.suffix}", self.vector, [self.vector] * 3)
         for k, place in enumerate(self.sums):
-            part, total = self._load(self._address(self.table, base, k), k), builder.load(place)
+            part, total = self._read(self._address(self.table, base, k), k), builder.load(place)
             total = (
                 builder.call(fma, [part, factor, total]) if factors else builder.fadd(total, part)
             )
@@ -140,18 +142,27 @@ class _Row:
         lane = ir.Constant(lanes, [ir.Constant(_I64, first + k) for k in range(self.lanes)])
         return self.builder.icmp_signed("<", lane, self._splat(left, _I64))
 
-    def _load(self, address: Any, k: int) -> Any:
-        builder, pointer = self.builder, ir.PointerType(self.vector)
+    def _read(self, address: Any, k: int) -> Any:
+        """One vector of the table."""
+        if not self.is_half:
+            return self._load(address, k, self.vector, self.suffix, self.number_bytes)
+        builder, wide = self.builder, ir.VectorType(_I32, self.lanes)
+        halves = ir.VectorType(ir.IntType(16), self.lanes)
+        loaded = builder.zext(self._load(address, k, halves, f"v{self.lanes}i16", 2), wide)
+        shift = ir.Constant(wide, [ir.Constant(_I32, 16)] * self.lanes)
+        return builder.bitcast(builder.shl(loaded, shift), self.vector)
+
+    def _load(self, address: Any, k: int, vector: Any, suffix: str, align: int) -> Any:
+        builder, pointer = self.builder, ir.PointerType(vector)
         address = builder.bitcast(address, pointer)
         if k < self.count - 1:
             loaded = builder.load(address)
-            loaded.align = self.number_bytes
+            loaded.align = align
             return loaded
-        masks = ir.VectorType(_I1, self.lanes)
-        kinds = [pointer, _I32, masks, self.vector]
-        load = self._declare(f"llvm.masked.load.{self.suffix}.p0", self.vector, kinds)
-        align = ir.Constant(_I32, self.number_bytes)
-        return builder.call(load, [address, align, self.mask, ir.Constant(self.vector, None)])
+        kinds = [pointer, _I32, ir.VectorType(_I1, self.lanes), vector]
+        load = self._declare(f"llvm.masked.load.{suffix}.p0", vector, kinds)
+        arguments = [ir.Constant(_I32, align), self.mask, ir.Constant(vector, None)]
+        return builder.call(load, [address, *arguments])
 
     def _store(self, value: Any, address: Any, k: int) -> None:
         builder, pointer = self.builder, ir.PointerType(self.vector)
