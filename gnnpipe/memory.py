@@ -3,7 +3,8 @@
 With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per number::
 
     tables       b sum over the stage's tables of width (n + m_in  +  n + m_out); the first half
-                 of it 2 bytes per number with ``history.dtype: bfloat16``
+                 of it 2 bytes per number with ``history.dtype: bfloat16``; n more for rows that
+                 are kept apart, 2 n where they are predicted, n + m_out for late gradients
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
                  of layers that run again their input, if no table holds it, and carried rows
     records      RECORD_BYTES for each layer and chunk: autograd's nodes, small tensors, objects
@@ -82,13 +83,20 @@ class Storage(NamedTuple):
     """``memory.mode``."""
     has_half_tables: bool = False
     """Whether a number of a table's values takes two bytes."""
+    kept_copies: int = 0
+    """Copies of its own rows that a table keeps beside its values, instead of a snapshot."""
+    has_late_gradients: bool = False
+    """Whether a table keeps last epoch's gradients too."""
 
 
 def storage_of(config: Config) -> Storage:
     """What a configuration asks for."""
     element_bytes = 8 if config.model.dtype == "float64" else 4
     is_half = config.history.dtype is not None
-    return Storage(element_bytes, config.history.period, config.memory.mode, is_half)
+    history = config.history
+    kept = history.is_recalled + (history.predict is not None)
+    own = Storage(element_bytes, history.period, config.memory.mode, is_half)
+    return own._replace(kept_copies=kept, has_late_gradients=history.late_gradient > 0)
 
 
 PLAIN = Storage()
@@ -173,8 +181,8 @@ def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
 
 
 def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage) -> int:
-    """The tables: values, snapshot, gradients."""
-    values, gradients, shared = 0, 0, {}
+    """The tables: values, snapshot or kept rows, gradients, last epoch's gradients."""
+    values, gradients, kept, late, shared = 0, 0, 0, 0, {}
     for layer in layers:
         if layer.operator == "none":
             continue
@@ -182,13 +190,16 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
         mirrors = way.in_mirrors if is_gather else way.out_mirrors
         values += (way.num_rows + way.in_mirrors) * layer.table_channels
         numbers = (way.num_rows + mirrors) * layer.table_channels
+        kept += storage.kept_copies * way.num_rows * layer.table_channels
+        late += storage.has_late_gradients * numbers
         if storage.mode == "recompute" and way.is_closed and layer.can_run_again:
             shared[is_gather, layer.table_channels] = numbers
         else:
             gradients += numbers
-    copies = 2 if storage.period > 1 else 1
+    copies = 2 if storage.period > 1 and not storage.kept_copies else 1
     value_bytes = copies * (2 if storage.has_half_tables else storage.element_bytes)
-    return value_bytes * values + storage.element_bytes * (gradients + sum(shared.values()))
+    gradients += sum(shared.values())
+    return value_bytes * values + storage.element_bytes * (gradients + kept + late)
 
 
 def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes: int) -> int:
