@@ -25,6 +25,7 @@ from gnnpipe.recall import Keeping, LateGradients, Recall
 from gnnpipe.schedule import fill_drain, split_layers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
+from gnnpipe.store import private_map
 from gnnpipe.tasks import SingleLabel, Task
 from gnnpipe.way import WayGraph, way_graph
 
@@ -224,10 +225,9 @@ def _inputs(
     is_known = labels >= 0 if labels.ndim == 1 else ~labels.isnan().all(dim=1)
     whole = Targets(labels, torch.from_numpy(masks).to(like.device) & is_known)
     num_rows = graph.num_rows  # a closure over the graph itself would keep its edges alive
-    rows = chunked.features[graph.row_id] if needs_features else None
-    features = _Features(rows, like)
+    features = InputRows(chunked.features, graph.row_id if needs_features else None, like)
     return Inputs(
-        features=[] if rows is None else [features.rows(a, b) for a, b in bounds],
+        features=[features.rows(a, b) for a, b in bounds] if needs_features else [],
         all_features=lambda: features.rows(0, num_rows),
         targets=[Targets(whole.labels[a:b], whole.masks[:, a:b]) for a, b in bounds],
         all_targets=whole,
@@ -249,17 +249,37 @@ def _chunk_labels(chunked: ChunkedGraph) -> Iterator[_ChunkLabels]:
         yield _ChunkLabels(chunked.labels[rows], chunked.train_mask[rows], chunked.num_classes)
 
 
-class _Features:
-    """A way's input features; sparse ones stay sparse."""
+class InputRows:
+    """A way's input features; sparse ones stay sparse, mapped ones on disk where they can.
 
-    def __init__(self, rows: Any, like: Tensor) -> None:  # Any: scipy's arrays have no types
-        self._rows = rows
+    The rows of a chunk are one range of the whole table, unless the partition was made for fewer
+    ways: torch then reads the file's own pages, which the system may drop at any time.
+
+    Args:
+        table: of all nodes.
+        row_id: the way's own rows, ascending; None where they are not needed.
+        like: computed with this dtype, there.
+    """
+
+    def __init__(self, table: Any, row_id: Any, like: Tensor) -> None:  # Any: as scipy's arrays
+        self._mapped = None if row_id is None else private_map(table)
+        self._row_id = row_id
+        self._rows: Any = None
+        if row_id is not None and self._mapped is None:
+            self._rows = table[row_id]
         self._like = like
+
+    def _part(self, start: int, end: int) -> Any:
+        if self._mapped is None:
+            return self._rows[start:end]
+        ids = self._row_id[start:end]
+        is_range = ids.size and ids[-1] - ids[0] == ids.size - 1
+        return self._mapped[ids[0] : ids[-1] + 1] if is_range else self._mapped[ids]
 
     def rows(self, start: int, end: int) -> Tensor | SparseRows:
         """The rows ``start:end`` as tensors."""
         like = self._like
-        part = self._rows[start:end]
+        part = self._part(start, end)
         if not sparse.issparse(part):
             return torch.from_numpy(np.ascontiguousarray(part)).to(like.device, like.dtype)
         return SparseRows.from_csr(

@@ -226,9 +226,10 @@ def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes
 def _feature_bytes(
     way: WayCounts, features: FeatureCounts, num_chunks: int, element_bytes: int
 ) -> int:
-    """The way's slice, and the chunks' tensors made of it."""
+    """The way's slice, and the chunks' tensors made of it, which are its own rows in float32."""
     if features.num_entries is None:
-        return way.num_rows * features.num_channels * (4 + element_bytes)
+        per_value = 4 if element_bytes == 4 else 4 + element_bytes
+        return way.num_rows * features.num_channels * per_value
     entries, columns = features.num_entries, features.num_channels
     slice_bytes = 8 * entries + 4 * way.num_rows
     # value and index, and the transposed order: row and position; dropped-out values beside

@@ -7,8 +7,10 @@ Arrays are memory-mapped, so that a rank reads only the pages it needs.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from gnnpipe.renumbering import TakenRows
 MANIFEST = "manifest.json"
 
 Stored: TypeAlias = NDArray[Any] | TakenRows
+
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # From <sys/mman.h>.
 
 ALWAYS_HASHED_BYTES = 2**20
 """Array files up to this size are hashed on every load, larger ones when asked to."""
@@ -227,6 +231,27 @@ def _read_array(path: Path, entry: Mapping[str, Any], *, verify: bool) -> NDArra
             f"{entry['dtype']} {entry['shape']}; write it again"
         )
     return np.asarray(array)  # a plain view: memmap's subclass survives slicing and slows it
+
+
+def private_map(array: Any) -> NDArray[Any] | None:
+    """The same values as a map of the same file whose pages are copied when written to.
+
+    torch knows no read-only tensors: a layer that works in place on a mapped one would end the
+    process. Memory for the copies is not reserved, so the file may be larger than the host's.
+
+    Args:
+        array: that :func:`read` gave; None comes back for any other.
+    """
+    base = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    if not isinstance(base, np.memmap) or base.shape != array.shape or base.filename is None:
+        return None
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+    with open(base.filename, "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    values = np.frombuffer(pages, base.dtype, count=base.size, offset=base.offset)
+    return values.reshape(base.shape)
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:

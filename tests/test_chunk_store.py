@@ -3,22 +3,27 @@
 import dataclasses
 import json
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from drawn import cut, directed_weighted, graph_of, symmetric_square
 from scipy import sparse
 
 from gnnpipe import chunk, renumbering, store
 from gnnpipe import graph as graph_module
+from gnnpipe.assembly import InputRows
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
+from gnnpipe.way import way_graph
 
 
 @pytest.mark.parametrize("make", [symmetric_square, directed_weighted])
@@ -264,3 +269,39 @@ def test_mapped_features_are_written_without_being_in_memory(
     rows = np.array([3, 0, 2])
     assert np.array_equal(cut.features[rows], copied.features[rows])
     assert cut.num_features == 256
+
+
+def is_mapped(address: int, name: str) -> bool:
+    """Whether an address of this process lies in a map of a file."""
+    spans = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    bounds = [span[0].split("-") for span in spans if span[-1].endswith(name)]
+    return any(int(first, 16) <= address < int(last, 16) for first, last in bounds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("ways", "way"), [(1, 0), (2, 0), (2, 1)])
+def test_training_reads_features_from_the_pages_of_the_file(
+    ways: int, way: int, tmp_path: Path
+) -> None:
+    graph = mapped_graph(tmp_path, num_nodes=400)
+    ids = np.arange(400)
+    graph_cut = chunk.cut(graph, ids * 7 % 5, ids % 2, num_ways=2, method="file", seed=0)
+    chunk.save(graph_cut, tmp_path / "cut")
+    loaded = chunk.load(tmp_path / "cut")
+    file = (tmp_path / "cut" / "features.npy").read_bytes()
+    part = way_graph(loaded, way=way, num_ways=ways)
+    features = InputRows(loaded.features, part.row_id, torch.zeros(1))
+    for a, b in pairwise(part.chunk_ptr.tolist()):
+        rows = features.rows(a, b)
+        assert isinstance(rows, torch.Tensor)
+        assert np.array_equal(rows.numpy(), loaded.features[part.row_id[a:b]])
+        assert is_mapped(rows.data_ptr(), "cut/features.npy")
+        rows.zero_()  # A layer may work in place: in memory, not in the file.
+    whole = features.rows(0, part.num_rows)
+    assert isinstance(whole, torch.Tensor)
+    assert is_mapped(whole.data_ptr(), "cut/features.npy") == (ways == 1)
+    assert (tmp_path / "cut" / "features.npy").read_bytes() == file
+    like = torch.zeros(1, dtype=torch.float64)
+    double = InputRows(loaded.features, part.row_id, like).rows(0, 9)
+    assert isinstance(double, torch.Tensor)
+    assert double.dtype == torch.float64
