@@ -264,7 +264,7 @@ def _predict(config: Config, chunked: ChunkedGraph, mirrors: MirrorCounts) -> di
     return predict_comm_bytes(
         layers,
         bounds=stage_bounds(layers, chunked, num_stages=stages, sizes=None),
-        is_local_cut=config.parallel.num_stages == 1,
+        num_stages=config.parallel.num_stages,
         num_nodes=chunked.num_nodes,
         num_ways=config.parallel.num_ways,
         mirrors=mirrors,

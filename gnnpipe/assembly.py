@@ -13,7 +13,7 @@ from gnnpipe.cell import Cells, build_cells
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import Comm
 from gnnpipe.counter import stream_key
-from gnnpipe.engine import Engine, Inputs, cut_before
+from gnnpipe.engine import Engine, Inputs, cuts_of
 from gnnpipe.errors import UserError
 from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
@@ -114,7 +114,9 @@ def build_engine(
             factor=plan.cross_chunk_gradient,
             mode=plan.memory,
         )
-    cuts = [None, *(cut_before(layers, bound) for bound in bounds[1:-1])]
+    # Rounded rows are rounded at every cut, so that numbers do not depend on who has which stage.
+    held_by = mesh.num_stages if comm.formats.carried == "fp32" else 1
+    cuts = cuts_of(layers, bounds, num_ranks=held_by)
     steps, virtual = plan.steps, plan.virtual_stages
     schedule = fill_drain(mesh.num_stages, chunked.num_chunks, virtual, steps=steps)
     task = plan.task or SingleLabel()

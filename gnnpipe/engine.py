@@ -32,10 +32,34 @@ class Cut(NamedTuple):
     channels: int
     carried: tuple[tuple[str, int], ...]
     """Name and width of each carried tensor, sorted by name."""
+    held: tuple[str, ...] = ()
+    """Carried tensors that an earlier stage of the rank behind the cut has seen: their values do
+    not travel again, their gradients do."""
 
-    def items(self) -> list[tuple[str | None, int]]:
-        """Name (None for the activation) and width of everything, in sending order."""
-        return [(None, self.channels), *self.carried]
+    def items(self, kind: str) -> list[tuple[str | None, int]]:
+        """Name (None for the activation) and width of what an F or a B gets, in sending order."""
+        held = self.held if kind == "F" else ()
+        return [(None, self.channels), *(pair for pair in self.carried if pair[0] not in held)]
+
+
+def cuts_of(layers: Sequence[Layer], bounds: Sequence[int], *, num_ranks: int) -> list[Cut | None]:
+    """What crosses in front of each stage; None before the first.
+
+    Args:
+        layers: the whole model.
+        bounds: first layer of each stage, virtual ones included, and the number of layers.
+        num_ranks: pipeline ranks; stages that many apart share one, and what it has seen of
+            carried tensors. With 1 everything travels in front of every stage.
+    """
+    cuts: list[Cut | None] = [None]
+    for stage, position in enumerate(bounds[1:-1], start=1):
+        cut = cut_before(layers, position)
+        # Nobody behind the first layer of the rank's stage before has written it anew.
+        before = bounds[stage - num_ranks + 1] if stage >= num_ranks > 1 else 0
+        fresh = {name for layer in layers[before:position] for name in layer.writes}
+        held = tuple(name for name, _ in cut.carried if before and name not in fresh)
+        cuts.append(cut._replace(held=held))
+    return cuts
 
 
 def cut_before(layers: Sequence[Layer], position: int) -> Cut:
@@ -96,6 +120,7 @@ class Engine:
         self._bounds = step_bounds(len(self._chunk_sizes), steps)
         self._num_train = sum(inputs.chunk_train)
         self._handed: dict[Action, Flow] = {}
+        self._held: dict[int, dict[str, Tensor]] = {}
         self._loss_gradients: dict[int, Tensor] = {}
         self.weight_sums = WeightSums(comm)
 
@@ -194,6 +219,7 @@ class Engine:
                 self._comm.during(f"inference of stage {index}")
                 flow = self._whole_input(action, rows)
                 out = stage.infer(flow, into_tables=into_tables)
+                self._hold(action, out)
                 if index == self._last:
                     assert isinstance(out.x, Tensor)
                     logits = out.x
@@ -279,6 +305,7 @@ class Engine:
         else:
             flow = self._obtain(action, inbox)
         out = self.stages[action.stage_index].forward(chunk, flow)
+        self._hold(action, out)
         if action.stage_index < self._last:
             following = action._replace(stage_index=action.stage_index + 1)
             self._hand_over(following, out, self._chunk_sizes[chunk])
@@ -330,7 +357,7 @@ class Engine:
 
     def _messages(self, action: Action, peer: int, num_rows: int) -> Iterable[Message]:
         """The messages that make up the input of an action."""
-        for item, (name, channels) in enumerate(self._cut(action).items()):
+        for item, (name, channels) in enumerate(self._cut(action).items(action.kind)):
             yield Message(
                 peer=peer,
                 tag=_tag(action, item, len(self._chunk_sizes)),
@@ -352,22 +379,32 @@ class Engine:
         """The input of an action, from the inbox or from another stage of this rank."""
         if self._source(action) == self._comm.rank:
             return self._handed.pop(action)
-        names = [name for name, _ in self._cut(action).items()]
+        names = [name for name, _ in self._cut(action).items(action.kind)]
         tensors = {name: inbox.take() for name in names}
-        return Flow(tensors.pop(None), {str(name): value for name, value in tensors.items()})
+        x = tensors.pop(None)
+        held = self._held.pop(action.chunk_index, {}) if action.kind == "F" else {}
+        return Flow(x, held | {str(name): value for name, value in tensors.items()})
+
+    def _hold(self, action: Action, flow: Flow) -> None:
+        """Keeps the carried tensors that the next stage of this rank reads and nobody sends it."""
+        following = action.stage_index + self._comm.mesh.num_stages
+        cut = self._cuts[following] if following <= self._last else None
+        if cut is not None and cut.held:
+            self._held[action.chunk_index] = {name: flow.carried[name] for name in cut.held}
 
     def _hand_over(self, action: Action, flow: Flow, num_rows: int) -> None:
         """Gives an action its input, here or on the rank that will run it."""
         peer = self._rank_of(action.stage_index)
-        values = {name: flow.carried[name] for name, _ in self._cut(action).carried}
+        cut = self._cut(action)
         if peer == self._comm.rank:
+            values = {name: flow.carried[name] for name, _ in cut.carried}
             self._handed[action] = Flow(flow.x, values)
             return
         assert isinstance(flow.x, Tensor)
-        for message, value in zip(
-            self._messages(action, peer, num_rows), (flow.x, *values.values()), strict=True
-        ):
-            self._comm.send(value, message)
+        names = [name for name, _ in cut.items(action.kind)]
+        tensors = [flow.x if name is None else flow.carried[name] for name in names]
+        for message, tensor in zip(self._messages(action, peer, num_rows), tensors, strict=True):
+            self._comm.send(tensor, message)
 
     def _whole_input(self, action: Action, num_rows: int) -> Flow:
         if action.stage_index == 0:

@@ -22,7 +22,7 @@ from gnnpipe.memory import (
 )
 from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
 from gnnpipe.shapes import LayerShape, num_parameters
-from gnnpipe.volume import MirrorCounts, predict_comm_bytes
+from gnnpipe.volume import MirrorCounts, crossings, predict_comm_bytes
 
 TIE = 1.02
 """Settings within this factor are as quick; the simplest of them is taken."""
@@ -112,7 +112,7 @@ class Planner:
 
     def predict(self, setting: Setting) -> Prediction:
         """Simulates one epoch."""
-        S, W, _, v = setting
+        S, v = setting.num_stages, setting.virtual_stages
         costs = [self._layer_s(i, setting) for i in range(len(self._layers))]
         sizes = split_layers([f + b for f, b in costs], S * v)
         bounds = [sum(sizes[:stage]) for stage in range(S * v + 1)]
@@ -123,9 +123,8 @@ class Planner:
         crossing = self._crossing_bytes(bounds, setting)
 
         def occupancy(action: Action) -> float:
-            cut = action.stage_index + (action.kind == "F")
             is_local = self._links.ranks_per_host >= setting.num_ranks
-            return self._links.seconds(crossing[cut], is_local=is_local)
+            return self._links.seconds(crossing.get(action[:2], 0.0), is_local=is_local)
 
         steps = min(self._steps, setting.num_chunks)
         timeline = simulate(
@@ -146,7 +145,7 @@ class Planner:
             sizes,
             epoch_s,
             max(0.0, 1.0 - busy_s / (S * epoch_s)),
-            self._comm_bytes(bounds, W, num_chunks=setting.num_chunks, steps=steps),
+            self._comm_bytes(bounds, setting, steps=steps),
             memory.total,
             timeline,
             memory,
@@ -193,31 +192,33 @@ class Planner:
         )
         return step_s + max(0.0, sums_s - hidden_s) + 2 * (W - 1) * self._links.latency_s
 
-    def _crossing_bytes(self, bounds: Sequence[int], setting: Setting) -> list[float]:
-        """Bytes of one chunk across the cut before each stage; none before the first."""
-        volumes = []
-        for cut in bounds:
-            is_inner = 0 < cut < len(self._layers) and setting.num_stages > 1
-            ends = [0, cut, len(self._layers)] if is_inner else [0, len(self._layers)]
-            sent = self._comm_bytes(ends, 1)
-            both = sent["boundary"] + sent["carried"]
-            volumes.append(both / 2 / (setting.num_chunks * setting.num_ways))
-        return volumes
+    def _crossing_bytes(
+        self, bounds: Sequence[int], setting: Setting
+    ) -> dict[tuple[int, str], float]:
+        """Bytes of one chunk that a stage's forward, and its backward, sends on."""
+        rows = self._chunk(setting)[0]
+        found = {}
+        cuts = crossings(self._layers, bounds=bounds, num_stages=setting.num_stages)
+        for stage, cut in enumerate(cuts):
+            forward, backward = cut.carried_forward, cut.carried_backward
+            found[stage, "F"] = (cut.boundary + forward) * rows * self._bytes
+            found[stage + 1, "B"] = (cut.boundary + backward) * rows * self._bytes
+        return found
 
     def _comm_bytes(
-        self, bounds: Sequence[int], num_ways: int, *, num_chunks: int = 1, steps: int = 1
+        self, bounds: Sequence[int], setting: Setting, *, steps: int = 1
     ) -> dict[str, int]:
         return predict_comm_bytes(
             self._layers,
             bounds=bounds,
-            is_local_cut=False,
+            num_stages=setting.num_stages,
             num_nodes=self._graph.num_nodes,
-            num_ways=num_ways,
-            mirrors=self._way(num_ways).mirrors,
+            num_ways=setting.num_ways,
+            mirrors=self._way(setting.num_ways).mirrors,
             element_bytes=self._bytes,
             steps=steps,
             recalled=self._recalled,
-            num_chunks=num_chunks,
+            num_chunks=setting.num_chunks,
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> MemoryBytes:

@@ -5,7 +5,8 @@ find, from the list of layers and a few counts of the partition. With N nodes, b
 and M mirror rows over all ways::
 
     boundary   2 N b  sum over cuts of the width of the rows that cross
-    carried    2 N b  sum over cuts of the widths that cross on the way to a later layer
+    carried    N b    sum over cuts of the widths that cross on the way to a later layer
+               N b    sum over cuts of those that the rank behind has not had in an earlier stage
     halo       b (M_in + M_out)  sum over aggregating layers of the table's width
                2 b M_in          sum over gathering layers of it
                b M_in            once more where kept rows are put back at an epoch's start
@@ -24,6 +25,15 @@ SUM_BYTES = 8
 """Of one number in the sums of a norm."""
 
 
+class Crossing(NamedTuple):
+    """Numbers per node that cross the cut in front of a stage."""
+
+    boundary: int
+    """In each direction."""
+    carried_forward: int
+    carried_backward: int
+
+
 class MirrorCounts(NamedTuple):
     """Rows that ways mirror of each other, summed over the ways."""
 
@@ -37,7 +47,7 @@ def predict_comm_bytes(
     layers: Sequence[LayerShape],
     *,
     bounds: Sequence[int],
-    is_local_cut: bool,
+    num_stages: int,
     num_nodes: int,
     num_ways: int,
     mirrors: MirrorCounts,
@@ -51,7 +61,7 @@ def predict_comm_bytes(
     Args:
         layers: the whole model.
         bounds: first layer of each stage, virtual ones included, and the number of layers.
-        is_local_cut: cuts lie inside one rank (one stage rank), so nothing crosses them.
+        num_stages: pipeline ranks, among which the stages are dealt in turn.
         num_nodes: nodes of the graph.
         num_ways: ways per stage.
         mirrors: of these ways.
@@ -61,7 +71,7 @@ def predict_comm_bytes(
         recalled: whether histories are kept apart from the tables.
         num_chunks: chunks.
     """
-    cuts = [] if is_local_cut else bounds[1:-1]
+    cuts = crossings(layers, bounds=bounds, num_stages=num_stages)
     tables = [layer for layer in layers if layer.operator != "none"]
     halo_rows = sum(
         layer.table_channels
@@ -69,8 +79,8 @@ def predict_comm_bytes(
         for layer in tables
     )
     values = {
-        "boundary": 2 * num_nodes * sum(layers[cut - 1].out_channels for cut in cuts),
-        "carried": 2 * num_nodes * sum(sum(_carried_over(layers, cut)) for cut in cuts),
+        "boundary": 2 * num_nodes * sum(cut.boundary for cut in cuts),
+        "carried": num_nodes * sum(cut.carried_forward + cut.carried_backward for cut in cuts),
         "halo": halo_rows,
         "gradient": 2 * (num_ways - 1) * num_parameters(layers) * steps,
     }
@@ -81,6 +91,26 @@ def predict_comm_bytes(
     return found
 
 
+def crossings(
+    layers: Sequence[LayerShape], *, bounds: Sequence[int], num_stages: int
+) -> list[Crossing]:
+    """What crosses in front of each stage but the first; nothing where one rank has them all.
+
+    A carried tensor goes to every rank once: after ``num_stages`` cuts it is where it has been.
+    """
+    if num_stages == 1:
+        return []
+    found = []
+    for stage in range(1, len(bounds) - 1):
+        widths = {True: 0, False: 0}
+        for writer, width in _carried_over(layers, bounds[stage]):
+            home = next(s for s in range(stage) if writer < bounds[s + 1])
+            widths[stage - home < num_stages] += width
+        boundary = layers[bounds[stage] - 1].out_channels
+        found.append(Crossing(boundary, widths[True], sum(widths.values())))
+    return found
+
+
 def _rows_per_layer(operator: str, mirrors: MirrorCounts) -> int:
     """Mirror rows that travel in one layer: to the readers, and their gradients."""
     if operator.startswith("edges"):
@@ -88,10 +118,10 @@ def _rows_per_layer(operator: str, mirrors: MirrorCounts) -> int:
     return mirrors.incoming + mirrors.outgoing
 
 
-def _carried_over(layers: Sequence[LayerShape], cut: int) -> Iterator[int]:
-    """Widths of the tensors that are written before a cut and read behind it."""
+def _carried_over(layers: Sequence[LayerShape], cut: int) -> Iterator[tuple[int, int]]:
+    """Last writer and width of each tensor that is written before a cut and read behind it."""
     wanted = {name for layer in layers[cut:] for name in layer.reads}
     for name in sorted(wanted):
-        writers = [layer for layer in layers[:cut] if name in layer.writes]
+        writers = [index for index, layer in enumerate(layers[:cut]) if name in layer.writes]
         if writers:
-            yield writers[-1].carried_channels(name)
+            yield writers[-1], layers[writers[-1]].carried_channels(name)

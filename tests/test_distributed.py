@@ -270,10 +270,12 @@ def expected_bytes(
     mirrors_in, mirrors_out = count_mirrors(graphs / f"{graph}-4", ways)
     num_cuts = virtual * stages - 1 if stages > 1 else 0
     boundary = 2 * num_cuts * N * H * b
+    # Gradients cross every cut, h0 itself goes to every rank once.
+    carried = (num_cuts + stages - 1) * N * H * b if stages > 1 else 0
     mirrors = 2 * mirrors_in if model == "gat" else mirrors_in + mirrors_out
     return {
         "boundary": boundary,
-        "carried": boundary if model == "gcnii" else 0,
+        "carried": carried if model == "gcnii" else 0,
         "halo": L * mirrors * H * b,
         "gradient": 2 * (ways - 1) * num_parameters * b,
     }

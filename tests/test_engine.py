@@ -21,7 +21,7 @@ from one_process import (
 
 from gnnpipe.assembly import initialise
 from gnnpipe.config import Config
-from gnnpipe.engine import Cut, Engine, cut_before
+from gnnpipe.engine import Cut, Engine, cut_before, cuts_of
 from gnnpipe.graph import Graph
 from gnnpipe.models import build_layers
 from gnnpipe.order import chunk_order
@@ -241,7 +241,12 @@ def test_a_cut_carries_what_is_still_to_be_read() -> None:
         )
     with_h0 = Cut(8, (("h0", 8),))
     assert [cut_before(layers, at) for at in (1, 2, 3)] == [with_h0, with_h0, Cut(8, ())]
-    assert with_h0.items() == [(None, 8), ("h0", 8)]
+    assert with_h0.items("F") == with_h0.items("B") == [(None, 8), ("h0", 8)]
+    # Two ranks, four stages of a layer: the first has what it wrote, the second what it read.
+    once = with_h0._replace(held=("h0",))
+    assert cuts_of(layers, [0, 1, 2, 3, 4], num_ranks=2) == [None, with_h0, once, Cut(8, ())]
+    assert once.items("F") == [(None, 8)]
+    assert once.items("B") == with_h0.items("B")
 
 
 def test_layers_with_one_operator_share_their_cells() -> None:

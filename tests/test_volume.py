@@ -51,7 +51,7 @@ def predicted(overrides: list[str]) -> dict[str, int]:
     return predict_comm_bytes(
         layers,
         bounds=stage_bounds(layers, chunked, num_stages=stages, sizes=None),
-        is_local_cut=config.parallel.num_stages == 1,
+        num_stages=config.parallel.num_stages,
         num_nodes=chunked.num_nodes,
         num_ways=ways,
         mirrors=mirrors_of(chunked, ways),
