@@ -2,7 +2,11 @@
 
 import sys
 
+from gnnpipe import environment
 from gnnpipe.cli import main
 
 if __name__ == "__main__":  # A spawned child imports this file again.
-    sys.exit(main())
+    status = main()
+    if status and environment.world_size() > 1:
+        environment.leave(status)
+    sys.exit(status)

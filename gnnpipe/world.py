@@ -10,6 +10,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Before any process group exists: its functions have the default group of this moment as their
+# default argument. torch.optim imports it too, and a group that it holds outlives its end:
+# gloo's threads then come back into an interpreter that is shutting down, which is SIGABRT.
+import torch.distributed.nn.functional
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 

@@ -187,6 +187,32 @@ def test_a_busy_listener_does_not_abort_the_end_of_the_process(
         assert (done.returncode, done.stderr) == (status, "")
 
 
+OUTLIVES = """
+import os, sys
+import torch.distributed as dist
+from gnnpipe import world
+world.meet = lambda timeout: (dist.FileStore(sys.argv[1], 1), 0, 1)
+world.environment.world_size = lambda: 2
+with world.join(device="cpu", timeout_s=10):
+    import torch._dynamo  # as torch.optim does
+threads = os.listdir("/proc/self/task")
+print(sorted(open(f"/proc/self/task/{thread}/comm").read().strip() for thread in threads))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads Linux's list of threads")
+def test_no_gloo_thread_outlives_the_process_group(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVES, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pt_gloo_runloop" not in done.stdout
+
+
 class BrokenStore:
     """A store whose host has gone."""
 
