@@ -16,6 +16,9 @@ RENDEZVOUS_VARIABLE = "GNNPIPE_RENDEZVOUS"
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """How often a launcher has started these ranks again; torchrun's name."""
 
+AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""What torchrun, which starts ranks from its main thread, sets for each of them."""
+
 PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 
 
@@ -63,11 +66,14 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 def end_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
     """Asks the kernel to signal this process when the parent that started it is gone.
 
-    Does nothing where no parent asked for it. Why not in the parent, before exec: code that
-    runs between fork and exec can deadlock in a threaded parent.
+    Does nothing where no parent asked for it, save that ranks always end with their torchrun.
+    Why not in the parent, before exec: code that runs between fork and exec can deadlock in a
+    threaded parent.
     """
     # Taken out, so that it does not reach a grandchild with another parent.
     parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None and AGENT_VARIABLE in os.environ:
+        parent = str(os.getppid())
     if parent is None:
         return
     if sys.platform == "linux":
