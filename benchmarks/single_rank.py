@@ -1,16 +1,22 @@
 """One epoch on one rank, this project beside its peers, interleaved in one run.
 
-    python benchmarks/single_rank.py --data coauthor_physics.npz --models gcn,gat
+    python benchmarks/single_rank.py --data ../shared/data --graphs physics --models gcn,sage
 
 Every row is a process of its own (its peak memory is its own); the rounds go around the rows, one
 epoch each, so that a busy machine slows all of them alike. An epoch is forward, backward and step.
 CPU seconds are beside wall seconds: on a shared machine they vary less. Memory is the highest
 resident size of the epochs after the first, less the resident size with libraries and graph loaded
 (Linux): parameters, tables, activations, adjacency in the form that the system wants.
+
+A cell is a graph and a model. What is done is in ``--results``, a line for each row, and is not
+run again, so the table can be made a cell at a time. A row whose epoch takes longer than
+``--limit`` seconds (the first, which also loads and compiles, three times that) is left out with
+a word.
 """
 
 import argparse
 import json
+import select
 import statistics
 import subprocess
 import sys
@@ -23,38 +29,60 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PEERS = {"pyg": "torch_geometric", "pyg-csr": "torch_geometric", "dgl": "dgl"}
 HEADS = 4
+GRAPHS = {
+    "physics": ("coauthor_physics.npz", "auto", 32, 100),
+    "arxiv": ("ogbn_arxiv.npz", "surrogate", 8, 128),
+    "million": ("synthetic:1000000:10000000", "auto", 8, 128),
+}
+"""File or name, features, layers, width. A synthetic edge counts twice, once each way."""
+SETTINGS = {
+    "": {},
+    "recompute": {"memory": {"mode": "recompute"}},
+    "half": {"history": {"dtype": "bfloat16"}},
+    "half recompute": {"memory": {"mode": "recompute"}, "history": {"dtype": "bfloat16"}},
+    "bf16": {"training": {"precision": "bf16"}},
+}
+"""What a row of this project changes, by what stands after its number of chunks."""
 
 
 def main() -> None:
-    """Runs the rows side by side and prints the table."""
+    """Runs the cells that are missing and prints the table of all."""
     options = parse()
     if options.row:
         serve(options)
         return
-    rows = [f"gnnpipe C={chunks}" for chunks in options.chunks.split(",")]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    peers = [f"gnnpipe C={row}" for row in options.rows.split(",")]
     for peer in filter(None, options.peers.split(",")):
-        if is_installed(PEERS[peer]) and peer != "dgl":
-            rows.append(peer)
+        if peer != "dgl" and is_installed(PEERS[peer]):
+            peers.append(peer)
         else:
             say(f"{peer}: skipped, {PEERS[peer]} cannot be used here")
-    say(f"{options.data}, {options.layers} layers x {options.channels}, {options.rounds} rounds")
-    say(f"{'model':8}{'row':16}{'wall s':>9}{'spread':>9}{'CPU s':>9}{'MiB':>8}")
-    for model in options.models.split(","):
-        compare(model, rows, options)
+    for graph in options.graphs.split(","):
+        for model in options.models.split(","):
+            done = {each["row"] for each in read(options, graph, model)}
+            rows = [row for row in peers if row not in done and not is_same(row, model)]
+            if rows:
+                compare(graph, model, rows, options)
+            table(graph, model, options)
+
+
+def is_same(row: str, model: str) -> bool:
+    """Whether a row repeats another one: attention has no CSR form."""
+    return row == "pyg-csr" and model == "gat"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", default="digits", help="a name or path that data.name takes")
-    parser.add_argument("--features", default="auto")
-    parser.add_argument("--undirected", default="auto")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of .npz")
+    parser.add_argument("--graphs", default="physics", help=f"of {', '.join(GRAPHS)}")
     parser.add_argument("--models", default="gcn,sage,gcnii,gat")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=100)
-    parser.add_argument("--chunks", default="1,32")
+    parser.add_argument("--rows", default="1,1 recompute,32,32 half", help="chunks and settings")
     parser.add_argument("--peers", default="pyg,pyg-csr,dgl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of one epoch of a row")
+    parser.add_argument("--results", type=Path, default=Path("runs/single_rank.jsonl"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -71,30 +99,70 @@ def is_installed(module: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def compare(model: str, rows: list[str], options: argparse.Namespace) -> None:
+def read(options: argparse.Namespace, graph: str, model: str) -> list[dict[str, Any]]:
+    """The rows of a cell that are done."""
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if (row["graph"], row["model"]) == (graph, model)]
+
+
+def compare(graph: str, model: str, rows: list[str], options: argparse.Namespace) -> None:
     """One process for each row; every round lets each run one epoch."""
     given = [f"--{key}={value}" for key, value in vars(options).items() if key != "row"]
-    start = [sys.executable, "-W", "ignore", __file__, *given, f"--models={model}"]
+    start = [sys.executable, "-W", "ignore", __file__, *given]
+    start += [f"--graphs={graph}", f"--models={model}"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = {row: subprocess.Popen([*start, f"--row={row}"], **pipes) for row in rows}
     found: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
     for turn in range(options.rounds + 1):
-        for row, child in children.items():
-            child.stdin.write("epoch\n")
-            child.stdin.flush()
-            figures = json.loads(child.stdout.readline())
-            if turn:  # The first compiles.
+        for row, child in list(children.items()):
+            # The first epoch loads, cuts and compiles as well.
+            figures = epoch(child, options.limit * (1 if turn else 3))
+            if figures is None or figures["wall_s"] > options.limit:
+                say(f"{graph} {model} {row}: left out, an epoch took over {options.limit:g} s")
+                children.pop(row).kill()
+            elif turn:
                 found[row].append(figures)
-    for row, child in children.items():
+    for child in children.values():
         child.stdin.close()
         child.wait()
-        wall = [figures["wall_s"] for figures in found[row]]
-        cpu = statistics.median(figures["cpu_s"] for figures in found[row])
-        last = found[row][-1]
-        say(
-            f"{model:8}{row:16}{statistics.median(wall):9.3f}{max(wall) - min(wall):9.3f}"
-            f"{cpu:9.3f}{last['growth_mib']:8.0f}",
-        )
+    with options.results.open("a") as file:
+        for row, epochs in found.items():
+            facts = {"graph": graph, "model": model, "row": row, "epochs": epochs}
+            file.write(json.dumps(facts) + "\n")
+
+
+def epoch(child: Any, limit_s: float) -> dict[str, float] | None:  # Any: a Popen with text pipes
+    """Lets a row run one epoch; None if it does not come back."""
+    child.stdin.write("epoch\n")
+    child.stdin.flush()
+    if not select.select([child.stdout], [], [], limit_s)[0]:
+        return None
+    line = child.stdout.readline()
+    figures: dict[str, float] | None = json.loads(line) if line else None
+    return figures
+
+
+def table(graph: str, model: str, options: argparse.Namespace) -> None:
+    """Medians and spreads of a cell, beside its exact row's and PyG's with CSR."""
+    rows = {row["row"]: row["epochs"] for row in read(options, graph, model) if row["epochs"]}
+    name, _, layers, width = GRAPHS[graph]
+    say(f"\n{graph} ({name}), {model}, {layers} layers x {width}, {options.threads} threads")
+    say("| row | epochs | wall s | spread | CPU s | MiB | time / C=1 | memory / PyG CSR |")
+    say("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    one, csr_row = rows.get("gnnpipe C=1"), rows.get("pyg-csr") or rows.get("pyg")
+    for row, epochs in rows.items():
+        wall = [figures["wall_s"] for figures in epochs]
+        cpu = statistics.median(figures["cpu_s"] for figures in epochs)
+        memory = epochs[-1]["growth_mib"]
+        ratio = f"{statistics.median(wall) / median_s(one):.2f}" if one else ""
+        share = f"{memory / csr_row[-1]['growth_mib']:.2f}" if csr_row else ""
+        figures = f"{statistics.median(wall):.3f} | {max(wall) - min(wall):.3f} | {cpu:.3f}"
+        say(f"| {row} | {len(epochs)} | {figures} | {memory:.0f} | {ratio} | {share} |")
+
+
+def median_s(epochs: list[dict[str, float]]) -> float:
+    return statistics.median(figures["wall_s"] for figures in epochs)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -105,11 +173,11 @@ def serve(options: argparse.Namespace) -> None:
     graph = load(options)
     base = status_mib("VmRSS")
     step = (ours if options.row.startswith("gnnpipe") else peer)(graph, options)
-    for epoch, _ in enumerate(sys.stdin, 1):
-        if epoch == 2:  # The first loads and compiles.
+    for number, _ in enumerate(sys.stdin, 1):
+        if number == 2:  # The first loads and compiles.
             Path("/proc/self/clear_refs").write_text("5")
         wall, cpu = time.perf_counter(), time.process_time()
-        step(epoch)
+        step(number)
         figures = {
             "wall_s": time.perf_counter() - wall,
             "cpu_s": time.process_time() - cpu,
@@ -129,7 +197,9 @@ def status_mib(name: str) -> float:
 def load(options: argparse.Namespace) -> Any:
     from gnnpipe.datasets import load_graph
 
-    return load_graph(options.data, features=options.features, undirected=options.undirected)
+    name, features, _, _ = GRAPHS[options.graphs]
+    path = str(options.data / name) if name.endswith(".npz") else name
+    return load_graph(path, features=features)
 
 
 def ours(graph: Any, options: argparse.Namespace) -> Callable[[int], Any]:
@@ -142,11 +212,13 @@ def ours(graph: Any, options: argparse.Namespace) -> Callable[[int], Any]:
     from gnnpipe.trainer import cut_graph
     from gnnpipe.world import World
 
-    model: dict[str, Any] = {"name": options.models, "num_layers": options.layers}
-    model |= {"hidden_channels": options.channels}
+    _, _, layers, width = GRAPHS[options.graphs]
+    model: dict[str, Any] = {"name": options.models, "num_layers": layers}
+    model |= {"hidden_channels": width}
     model |= {"heads": HEADS} if options.models == "gat" else {}
-    chunks = int(options.row.split("=")[1])
-    config = from_dict({"model": model, "partition": {"num_chunks": chunks}})
+    chunks, _, setting = options.row.split("=")[1].partition(" ")
+    partition = {"num_chunks": int(chunks)}
+    config = from_dict({"model": model, "partition": partition, **SETTINGS[setting]})
     chunked = cut_graph(graph, config)
     world = World(0, 1, device=torch.device("cpu"), store=None)
     run = PipelineRun(config, chunked, world=world, layers=model_layers(config, chunked))
@@ -160,13 +232,13 @@ def peer(graph: Any, options: argparse.Namespace) -> Callable[[int], Any]:
     import torch
     from torch.nn import functional
 
-    width = options.channels
+    _, _, layers, width = GRAPHS[options.graphs]
     source = torch.from_numpy(graph.indices.astype(np.int64))
     target = torch.arange(graph.num_nodes).repeat_interleave(
         torch.from_numpy(np.diff(graph.indptr))
     )
     edges: Any = torch.stack((source, target))
-    convs = [convolution(options.models, width, i) for i in range(1, options.layers + 1)]
+    convs = [convolution(options.models, width, i) for i in range(1, layers + 1)]
     if options.row == "pyg-csr" and options.models != "gat":
         edges = csr(edges, options.models, graph.num_nodes)
     x = graph.features

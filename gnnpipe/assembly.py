@@ -45,6 +45,8 @@ class Plan(NamedTuple):
     late_gradient: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
+    precision: str = "fp32"
+    """Of dense products in training: ``fp32``, as everything else is computed, or ``bf16``."""
     history_dtype: torch.dtype | None = None
     """Of the tables' values; None is that of everything else."""
     memory: str = "keep"
@@ -113,6 +115,7 @@ def build_engine(
             seed=plan.seed,
             factor=plan.cross_chunk_gradient,
             mode=plan.memory,
+            precision=plan.precision,
         )
     # Rounded rows are rounded at every cut, so that numbers do not depend on who has which stage.
     held_by = mesh.num_stages if comm.formats.carried == "fp32" else 1

@@ -133,6 +133,9 @@ class Config:
         return self.parallel.num_stages * self.parallel.num_ways
 
     def _check_rounding(self) -> None:
+        rule = "must be fp32 with `model.dtype` (=float64); leave it out"
+        is_right = self.training.precision == "fp32" or self.model.dtype == "float32"
+        require(is_right, "training.precision", self.training.precision, rule)
         dtype, history = self.history.dtype, self.history
         if dtype is None:
             return

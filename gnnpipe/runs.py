@@ -1,6 +1,7 @@
 """What the epoch loop drives, and the pipeline behind that face."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from gnnpipe.config import NO_OFFLOAD, Config
 from gnnpipe.configured import configured_task, configured_updates
 from gnnpipe.fields import require
 from gnnpipe.history import Table
+from gnnpipe.kernels import half_products_gain
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models.layer import Layer
@@ -47,7 +49,14 @@ from gnnpipe.state import (
 from gnnpipe.tasks import Task
 from gnnpipe.world import World, make_groups
 
+SLOW_PRODUCTS = (
+    "training.precision=bf16: this CPU has no unit for bfloat16 products (AMX); they will be no"
+    " quicker than fp32, and rounded"
+)
 WAIT_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
+
+
+logger = logging.getLogger("gnnpipe")
 
 
 class Usage(NamedTuple):
@@ -135,6 +144,8 @@ class PipelineRun:
         parallel = config.parallel
         if world.device.type == "cpu":
             require(config.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
+            if config.training.precision == "bf16" and not half_products_gain():
+                logger.warning(SLOW_PRODUCTS)
         self._config = config
         self._layers = layers
         self._num_chunks = chunked.num_chunks
@@ -166,6 +177,7 @@ class PipelineRun:
             ),
             late_gradient=config.history.late_gradient,
             memory=config.memory.mode,
+            precision=config.training.precision,
             history_dtype=torch.bfloat16 if config.history.dtype == "bfloat16" else None,
             task=configured_task(config, chunked),
         )

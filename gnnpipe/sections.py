@@ -221,6 +221,9 @@ class TrainingConfig:
     """single_label: share of each target that is spread over all classes, in [0, 1)."""
     early_stop: int | None = None
     """Epochs without a better validation figure after which an evaluation ends the training."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of dense products: as everything else, or of operands rounded to bfloat16, with sums and
+    results of float32. Evaluations are not rounded."""
     steps_per_epoch: int = 1
     """Optimizer steps of an epoch, each over a group of chunks; histories carry the rest."""
     eval_every: int = 10

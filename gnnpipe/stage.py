@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Kept, Reader, Table, alias
-from gnnpipe.kernels import SparseRows, dropout_rows
+from gnnpipe.kernels import HalfProducts, SparseRows, dropout_rows
 from gnnpipe.models.layer import Layer
 from gnnpipe.moments import NO_NORMS, Norms
 from gnnpipe.record import Entry, Offload, Recipe, Record, TableRows, edge
@@ -54,6 +54,7 @@ class Stage:
         seed: of the dropout masks.
         factor: multiplies gradients that cross chunks.
         mode: where what backwards need comes from: ``keep``, ``recompute`` or ``offload``.
+        precision: of dense products, ``fp32`` (as everything else) or ``bf16``.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Stage:
         seed: int,
         factor: float,
         mode: str = "keep",
+        precision: str = "fp32",
     ) -> None:
         self.layers = layers
         self._halo = halo
         self._seed = seed
         self._factor = factor
         self._mode = mode
+        self._precision = precision
         self._epoch = 0
         self._records: dict[int, list[Record | Recipe]] = {}
 
@@ -175,7 +178,8 @@ class Stage:
             norms=local.norms,
         )
         asking = AskingFor("forward", f"activations of layer {local.layer_index}")
-        with asking, self._saving(local.table, view):
+        products = HalfProducts() if self._precision == "bf16" else nullcontext()
+        with asking, self._saving(local.table, view), products:
             out = layer(x, view)
         ends = {name: edge(value) for name, value in view.handed_on.items()}
         return out, Record(entry, entries, edge(out), ends), view.handed_on
