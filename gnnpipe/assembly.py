@@ -201,7 +201,7 @@ class _StageBuilder:
         backward, an aggregation's result, is computed again.
         """
         plan = self._plan
-        runs_again = plan.is_trained and plan.memory == "recompute" and layer.can_run_again
+        runs_again = plan.is_trained and plan.memory == "recompute"
         if not runs_again or not cells.are_closed:
             return None
         key = layer.operator.startswith("edges"), layer.table_channels

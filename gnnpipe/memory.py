@@ -146,7 +146,7 @@ def predict_memory_bytes(
     row_bytes = widest * element_bytes
     chunk_bytes = way.largest_chunk * row_bytes
     sizes = -(-way.num_rows // num_chunks), -(-way.num_edges // num_chunks)
-    again = [layer for layer in layers if storage.mode == "recompute" and layer.can_run_again]
+    again = layers if storage.mode == "recompute" else []
     kept = 0
     if storage.mode != "offload":
         kept = sum(layer.kept_numbers(*sizes) for layer in layers if layer not in again)
@@ -192,7 +192,7 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
         numbers = (way.num_rows + mirrors) * layer.table_channels
         kept += storage.kept_copies * way.num_rows * layer.table_channels
         late += storage.has_late_gradients * numbers
-        if storage.mode == "recompute" and way.is_closed and layer.can_run_again:
+        if storage.mode == "recompute" and way.is_closed:
             shared[is_gather, layer.table_channels] = numbers
         else:
             gradients += numbers

@@ -32,9 +32,6 @@ class LayerShape(Protocol):
     @property
     def input_lies_in_table(self) -> bool: ...
 
-    @property
-    def can_run_again(self) -> bool: ...
-
     def kept_numbers(self, num_rows: int, num_edges: int) -> int: ...
 
 

@@ -136,7 +136,7 @@ class Stage:
         x, carried = flow.x, dict(flow.carried)
         for local in self.layers:
             read = {name: carried[name] for name in local.layer.reads}
-            recipe = Recipe(x, read, Kept() if self._runs_again(local) else None)
+            recipe = Recipe(x, read, Kept() if self._mode == "recompute" else None)
             out, record, handed_on = self._run(local, chunk_index, recipe)
             is_record = recipe.kept is None
             records.append(record if is_record else self._shortened(local, recipe))
@@ -144,10 +144,6 @@ class Stage:
             carried |= {name: value.detach() for name, value in handed_on.items()}
         self._records[chunk_index] = records
         return Flow(x, carried)
-
-    def _runs_again(self, local: LocalLayer) -> bool:
-        """Whether the layer's graphs are made anew in the backward."""
-        return self._mode == "recompute" and local.layer.can_run_again
 
     def _shortened(self, local: LocalLayer, recipe: Recipe) -> Recipe:
         """The recipe without what lies in the layer's table."""

@@ -147,14 +147,6 @@ class Layer(nn.Module, ABC):
         the table are all of it that a backward needs."""
         return False
 
-    @property
-    def can_run_again(self) -> bool:
-        """Whether its forward on a chunk gives the same once the other chunks' have run.
-
-        Statistics over all nodes will have moved on by then.
-        """
-        return not self.norm_channels
-
     @abstractmethod
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Maps the rows ``[num_rows, in_channels]`` to ``[num_rows, out_channels]``.
