@@ -79,7 +79,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     options, rest = parser.parse_known_args(argv)
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown or (rest and not hasattr(options, "arguments")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+        words = " ".join(unknown or rest)
+        asked = f"{parser.prog} {options.command} --help"
+        raise UserError(f"unrecognized arguments: {words}; see `{asked}`")
     if rest:
         options.arguments = [*options.arguments, *rest]
     return options

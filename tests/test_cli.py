@@ -156,7 +156,7 @@ MISTAKES = [
     ("trian c.yaml", "invalid choice: 'trian'"),
     ("train", "CONFIG.yaml is missing; give a file or key=value"),
     ("train --print-conf", "unrecognized arguments: --print-conf"),
-    ("train c.yaml --epochs 3", "unrecognized arguments: --epochs"),
+    ("train c.yaml --epochs 3", "unrecognized arguments: --epochs; see `python -m gnnpipe train "),
     ("train nope.yaml", "cannot read the configuration file `nope.yaml`"),
     ("train c.yaml d.yaml", "`d.yaml` is not an override; write it as key.sub=value"),
     ("train c.yaml model.dropot=1", "the nearest is `model.dropout`"),

@@ -286,7 +286,7 @@ def test_memory_is_told_by_purpose_beside_what_this_host_has(
     monkeypatch.setattr(plan_command, "free_bytes", lambda: free)
     assert run(*SHORT) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert re.match(r"memory of the fullest rank: \d+ MB \(libraries 350 MB, .*tables", line)
+    assert re.match(r"memory of the fullest rank: \d+ MB \(libraries 600 MB, .*tables", line)
     assert re.search(rf"this host has .*{words} for [12] rank\(s\)", line)
     assert run("--shape", "ogbn-papers100M", *SHORT, "--json") == 0
     best = json.loads(capsys.readouterr().out)["best"]
