@@ -105,14 +105,14 @@ def draw(found: Sequence[Mapping[str, Any]], directory: Path) -> None:
             curves = [cell["curve"] for cell in cells.values()]
             epochs = [point[0] for point in curves[0]]
             means = [100 * statistics.mean(c[i][1] for c in curves) for i in range(len(epochs))]
-            left.plot(epochs, means, label=f"{variant}, C = {chunks}")
+            (line,) = left.plot(epochs, means, label=f"{variant}, C = {chunks}")
             biases = [
                 {int(e): b["cosine"][-1] for e, b in c["bias"].items()} for c in cells.values()
             ]
             shared = sorted(set.intersection(*map(set, biases)))
             if shared:
                 cosines = [statistics.mean(bias[epoch] for bias in biases) for epoch in shared]
-                right.plot(shared, cosines, marker="o", label=f"{variant}, C = {chunks}")
+                right.plot(shared, cosines, marker="o", color=line.get_color())
         left.set(xlabel="epoch", ylabel="validation, %", title="{} {} {} x {}".format(*group))
         right.set(xlabel="epoch", ylabel="cosine of the gradient with the exact one", xscale="log")
         left.legend(fontsize="x-small")
