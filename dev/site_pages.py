@@ -26,6 +26,7 @@ COPIED = {
 TIMELINE = re.compile(r"^<!-- timeline (\d+) stages (\d+) chunks (\d+) virtual -->$", re.MULTILINE)
 TEST_COMMENT = re.compile(r"^<!-- test: .*?-->\n", re.MULTILINE | re.DOTALL)
 RESULTS_LINK = re.compile(r"\]\((?:\.\./)*benchmarks/results/")
+DOCS_LINK = re.compile(r"\]\((?:\.\./)*docs/")
 SLOT, ROW = 34, 26  # pixels
 
 
@@ -52,7 +53,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Draws timelines, drops what only tests read, and points links into the site."""
     up = "../" * page.file.src_uri.count("/")
-    markdown = RESULTS_LINK.sub(f"]({up}results/", markdown)
+    markdown = RESULTS_LINK.sub(f"]({up}results/", DOCS_LINK.sub(f"]({up}", markdown))
     return TIMELINE.sub(timeline_svg, TEST_COMMENT.sub("", markdown))
 
 
