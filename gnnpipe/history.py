@@ -293,7 +293,8 @@ class _Aggregate(torch.autograd.Function):
         table.gradients[cell.rows] = grads[0]
         wait = reader.halo.pull(table.gradients, cell.out_exchanges)
         # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
-        for rows in (cell.rows, cell.out_mirrors):
+        chunk = [rows for rows in (cell.rows, cell.out_mirrors) if rows.stop > rows.start]
+        for rows in chunk:
             table.gate[rows] = 1.0
         assert cell.backward is not None
         gate = None if cell.is_closed else table.gate
@@ -301,7 +302,7 @@ class _Aggregate(torch.autograd.Function):
         if table.late is not None:
             dx = _with_late(dx, cell, table, table.late)
         # From here on these rows are read by other chunks only.
-        for rows in (cell.rows, cell.out_mirrors):
+        for rows in chunk:
             table.gate[rows] = reader.factor
         return dx, None
 
