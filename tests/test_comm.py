@@ -209,7 +209,7 @@ CASES: dict[str, Callable[[Comm], object]] = {
     "some rank never reached the sum over all ranks": lambda c: c.sum_over_ranks(rows(1)),
     "some rank never reached the maximum over all ranks": lambda c: c.largest_over_ranks(1),
     "some rank never reached the end of the epoch": lambda c: c.gather_at_first(rows(1))(),
-    "some way of this stage never reached the weight sum": lambda c: c.start_sum(rows(1))(),
+    r"some way of this stage never reached a sum \(gradient\)": lambda c: c.start_sum(rows(1))(),
     "another way of this stage never traded its halo": lambda c: c.pull(
         rows(1), [Exchange(1, torch.tensor([0]), slice(1, 2))]
     )(),
