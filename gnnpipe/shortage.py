@@ -11,10 +11,10 @@ from gnnpipe.errors import UserError
 Purpose = Literal["table", "forward", "backward", "evaluation", "optimizer"]
 
 WAYS_OUT = {
-    "table": "a larger parallel.num_stages or parallel.num_ways, history.period=1, or a smaller"
-    " model.hidden_channels",
-    "forward": "a larger parallel.num_stages or parallel.num_ways, or a smaller"
-    " model.hidden_channels or model.num_layers",
+    "table": "a larger parallel.num_stages or parallel.num_ways, history.dtype=bfloat16,"
+    " history.period=1, or a smaller model.hidden_channels",
+    "forward": "memory.mode=recompute or offload, a larger parallel.num_stages or"
+    " parallel.num_ways, or a smaller model.hidden_channels or model.num_layers",
     "backward": "a larger partition.num_chunks or parallel.num_ways, or a smaller"
     " model.hidden_channels",
     "evaluation": "a larger parallel.num_ways (evaluations hold all rows of a way at once), or a"

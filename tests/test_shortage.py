@@ -10,11 +10,12 @@ import torch
 from drawn import woven
 
 from gnnpipe import assembly
-from gnnpipe.config import load_config
+from gnnpipe.config import load_config, to_dict
 from gnnpipe.errors import UserError
 from gnnpipe.history import Table
 from gnnpipe.models.gcn import GCNLayer
-from gnnpipe.shortage import AskingFor
+from gnnpipe.run_directory import flatten
+from gnnpipe.shortage import WAYS_OUT, AskingFor
 from gnnpipe.trainer import Trainer
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.6 GiB"
@@ -60,7 +61,7 @@ def in_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     ("where", "message"),
     [
         (in_tables, "the table of layer 1, .* history.period=1"),
-        (in_forward, "activations of layer 1, .* parallel.num_stages"),
+        (in_forward, "activations of layer 1, .* memory.mode=recompute .* parallel.num_stages"),
         (in_backward, "gradients of layer 4, .* partition.num_chunks"),
         (in_evaluation, "all rows of layer 1, .* parallel.num_ways"),
         (in_the_optimizer, "the optimizer's moments, .* parallel.num_stages"),
@@ -77,6 +78,13 @@ def test_it_is_said_who_asked_and_what_frees_memory(
         train(tmp_path)
     assert ", which asked for 2.50 GiB; " in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_settings_that_free_memory_are_there() -> None:
+    text = " ".join(WAYS_OUT.values())
+    known = flatten(to_dict(load_config(None, [])))
+    assert set(re.findall(r"\b[a-z]+\.[a-z_]+", text)) <= known.keys()
+    load_config(None, re.findall(r"[a-z]+\.[a-z_]+=\w+", text))
 
 
 def test_a_real_allocation_that_fails_is_recognised() -> None:
