@@ -45,6 +45,8 @@ class Plan(NamedTuple):
     late_gradient: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
+    backend: str | None = None
+    """What sums over neighbours, ``numba`` or ``torch``; None chooses by the device."""
     precision: str = "fp32"
     """Of dense products in training: ``fp32``, as everything else is computed, or ``bf16``."""
     history_dtype: torch.dtype | None = None
@@ -147,7 +149,11 @@ class _StageBuilder:
         operator, like = layer.operator, self._like
         if operator not in self._cells:
             self._cells[operator] = build_cells(
-                self._graph, operator=operator, dtype=like.dtype, device=like.device
+                self._graph,
+                operator=operator,
+                dtype=like.dtype,
+                device=like.device,
+                backend=self._plan.backend,
             )
         with AskingFor("table", f"the table of layer {index}"):
             table = self._table(layer, self._cells[operator])

@@ -97,7 +97,12 @@ class Cells(NamedTuple):
 
 
 def build_cells(
-    graph: WayGraph, *, operator: str, dtype: torch.dtype, device: torch.device
+    graph: WayGraph,
+    *,
+    operator: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
 ) -> Cells:
     """Prepares the chunks of a way, and the way as a whole, for one operator.
 
@@ -106,16 +111,23 @@ def build_cells(
         operator: one of a layer's operators (see ``gnnpipe.models.layer``).
         dtype: of scales and weights.
         device: where the arrays live.
+        backend: of the kernels, ``numba`` or ``torch``; None chooses by the device.
     """
-    builder = _Builder(graph, operator, dtype, device)
+    builder = _Builder(graph, operator, dtype, device, backend)
     chunks = [builder.cell(c, c + 1) for c in range(graph.num_chunks)]
     return Cells(chunks, builder.whole(), torch.from_numpy(graph.node_id[graph.num_rows :]))
 
 
 class _Builder:
     def __init__(
-        self, graph: WayGraph, operator: str, dtype: torch.dtype, device: torch.device
+        self,
+        graph: WayGraph,
+        operator: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str | None,
     ) -> None:
+        self.backend = backend
         self.graph = graph
         self.device = device
         self.operator = operator
@@ -223,6 +235,7 @@ class _Builder:
             weight=None if weight is None else self._scale(weight),
             row_scale=row_scale,
             col_scale=col_scale,
+            backend=self.backend,
         )
 
     def _edges(self, first: int, last: int) -> Edges:
@@ -250,7 +263,8 @@ class _Builder:
             torch.from_numpy(array).to(self.device) for array in arrays
         )
         num_rows = end - start
-        order = EdgeOrder(edges, num_sources=num_rows + halo.size, num_targets=num_rows)
+        sizes = {"num_sources": num_rows + int(halo.size), "num_targets": num_rows}
+        order = EdgeOrder(edges, **sizes, backend=self.backend)
         return Edges(halo_rows, fresh, edges, source_id, target_id, values, order)
 
     def _edge_values(self, entries: slice, column: Array, row: Array) -> dict[str, Tensor]:

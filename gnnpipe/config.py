@@ -25,6 +25,7 @@ from gnnpipe.sections import (
     CommConfig,
     DataConfig,
     HistoryConfig,
+    KernelsConfig,
     MemoryConfig,
     ModelConfig,
     ParallelConfig,
@@ -79,6 +80,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 }
 
 
+NO_NUMBA = "must be auto or torch on a GPU, for which there are no numba kernels; take auto"
 NO_OFFLOAD = (
     "must be keep or recompute on a CPU, where there is no other memory to move anything to; take "
     "recompute"
@@ -104,6 +106,7 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     history: HistoryConfig = dataclasses.field(default_factory=HistoryConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -119,6 +122,8 @@ class Config:
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
         self._check_rounding()
+        if self.device == "cuda":
+            require(self.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
         if self.device == "cpu":
             require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
         if self.task.kind == "link" and self.parallel.num_ways > 1:

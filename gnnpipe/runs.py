@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
-from gnnpipe.config import NO_OFFLOAD, Config
+from gnnpipe.config import NO_NUMBA, NO_OFFLOAD, Config
 from gnnpipe.configured import configured_task, configured_updates
 from gnnpipe.fields import require
 from gnnpipe.history import Table
@@ -142,7 +142,9 @@ class PipelineRun:
         evaluated_on: ChunkedGraph | None = None,
     ) -> None:
         parallel = config.parallel
-        if world.device.type == "cpu":
+        if world.device.type != "cpu":
+            require(config.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
+        else:
             require(config.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
             if config.training.precision == "bf16" and not half_products_gain():
                 logger.warning(SLOW_PRODUCTS)
@@ -178,6 +180,7 @@ class PipelineRun:
             late_gradient=config.history.late_gradient,
             memory=config.memory.mode,
             precision=config.training.precision,
+            backend=None if config.kernels.backend == "auto" else config.kernels.backend,
             history_dtype=torch.bfloat16 if config.history.dtype == "bfloat16" else None,
             task=configured_task(config, chunked),
         )

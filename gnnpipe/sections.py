@@ -302,6 +302,17 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """What sums over neighbours."""
+
+    backend: Literal["auto", "numba", "torch"] = "auto"
+    """auto: numba on CPUs, torch elsewhere. torch on a CPU is slower, and differs in last bits."""
+
+    def __post_init__(self) -> None:
+        settle(self, "kernels")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept so that a run can go on after an end of any kind."""
 

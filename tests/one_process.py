@@ -47,6 +47,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "norm": None,
         },
         "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
+        "kernels": {"backend": "auto"},
         "memory": {"mode": "keep"},
         "parallel": {"virtual_stages": 1, "layers_per_stage": None},
         "history": {

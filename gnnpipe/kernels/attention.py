@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gnnpipe.kernels import attention_cpu as cpu
 from gnnpipe.kernels.dropout import dropout_edges
+from gnnpipe.kernels.sparse import backend_for
 
 Array = np.ndarray[Any, Any]
 
@@ -21,10 +22,19 @@ class EdgeOrder:
         edge_index: ``[2, E]``, int64, sorted by target.
         num_sources: rows that sources count.
         num_targets: rows that targets count.
+        backend: what attends, ``numba`` or ``torch``; None chooses by the device.
     """
 
-    def __init__(self, edge_index: Tensor, *, num_sources: int, num_targets: int) -> None:
+    def __init__(
+        self,
+        edge_index: Tensor,
+        *,
+        num_sources: int,
+        num_targets: int,
+        backend: str | None = None,
+    ) -> None:
         self.edge_index = edge_index
+        self.backend = backend_for(edge_index.device, backend)
         self._sizes = num_sources, num_targets
 
     @cached_property
@@ -116,7 +126,7 @@ def attend(
     Returns:
         ``[num_targets, heads * C]``.
     """
-    if x.device.type != "cpu":
+    if order.backend == "torch":
         return attend_plainly(x, logit_src, logit_dst, order=order, slope=slope, drop=drop)
     rest = (order, slope, drop)
     out: Tensor = _Attend.apply(x, logit_src, logit_dst, *rest)  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ class RowBlock:
         weight: value of each entry, or None for ones.
         row_scale: factor of each row of the block, ``[num_rows]``, or None.
         col_scale: factor of each column, ``[num_columns]``, or None.
+        backend: what multiplies it, ``numba`` or ``torch``; None chooses by the device.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class RowBlock:
         weight: Tensor | None = None,
         row_scale: Tensor | None = None,
         col_scale: Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
+        self.backend = backend_for(indices.device, backend)
         self.indptr = indptr
         self.indices = indices
         self.weight = weight
@@ -50,6 +53,7 @@ class RowBlock:
             weight=self.weight,
             row_scale=None if self.row_scale is None else self.row_scale[start:end],
             col_scale=self.col_scale,
+            backend=self.backend,
         )
 
     @cached_property
@@ -85,6 +89,13 @@ class RowBlock:
             )
 
 
+def backend_for(device: torch.device, wanted: str | None) -> str:
+    """What multiplies on a device: numba on CPUs, torch elsewhere, unless something is wanted."""
+    if wanted is not None:
+        return wanted
+    return "numba" if device.type == "cpu" else "torch"
+
+
 def aggregate(
     block: RowBlock,
     table: Tensor,
@@ -114,7 +125,7 @@ def aggregate(
     if out is None:
         dtype = torch.float32 if is_half else table.dtype
         out = table.new_empty((block.num_rows, table.shape[1]), dtype=dtype)
-    if table.device.type != "cpu":
+    if block.backend == "torch":
         table = table.to(out.dtype)
         if gate is not None:
             table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
