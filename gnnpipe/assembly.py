@@ -15,6 +15,7 @@ from gnnpipe.comm import Comm
 from gnnpipe.counter import stream_key
 from gnnpipe.engine import Engine, Inputs, cuts_of
 from gnnpipe.errors import UserError
+from gnnpipe.graph import Graph
 from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
 from gnnpipe.losses import Targets
@@ -74,18 +75,22 @@ def initialise(layer: Layer, *, seed: int, index: int, like: Tensor) -> Layer:
 
 
 def stage_bounds(
-    layers: Sequence[Layer], chunked: ChunkedGraph, *, num_stages: int, sizes: Sequence[int] | None
+    layers: Sequence[Layer],
+    graph: ChunkedGraph | Graph,
+    *,
+    num_stages: int,
+    sizes: Sequence[int] | None,
 ) -> list[int]:
     """First layer of each stage and, last, the number of layers.
 
     Args:
         layers: the whole model.
-        chunked: gives the counts that layer costs depend on.
+        graph: gives the counts that layer costs depend on.
         num_stages: virtual ones included.
         sizes: layers of each stage; None balances their costs.
     """
     if sizes is None:
-        costs = [layer.cost(chunked.num_nodes, chunked.num_edges) for layer in layers]
+        costs = [layer.cost(graph.num_nodes, graph.num_edges) for layer in layers]
         sizes = split_layers(costs, num_stages)
     return [sum(sizes[:stage]) for stage in range(num_stages + 1)]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.errors import UserError
+from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes, storage_of
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
@@ -96,14 +96,49 @@ def check_room(
         UserError: with settings that fit.
     """
     ranks = rank_bytes(config, chunked, layers)
-    wanted = _fullest(ranks, room)
     logger.info("memory: %s; %s has %s", describe(ranks), room.name, size_text(room.free_bytes))
+    model = _Model(layers, rebuild)
+    _refuse(config, room, model, count=lambda other, built: rank_bytes(other, chunked, built))
+
+
+def check_before_cut(
+    config: Config, graph: Graph, room: Room, *, rebuild: Callable[[Config], Sequence[Layer]]
+) -> None:
+    """Checks, before a large graph is cut for nothing, that the best of cuts would have room.
+
+    Args:
+        config: the run.
+        graph: the whole graph.
+        room: what there is, on every host or GPU alike.
+        rebuild: builds the model of a configuration.
+
+    Raises:
+        UserError: with settings that fit.
+    """
+    model = _Model(rebuild(config), rebuild)
+    _refuse(config, room, model, count=lambda other, built: _least_bytes(other, graph, built))
+
+
+class _Model(NamedTuple):
+    layers: Sequence[Layer]
+    rebuild: Callable[[Config], Sequence[Layer]] | None
+
+
+def _refuse(
+    config: Config,
+    room: Room,
+    model: _Model,
+    *,
+    count: Callable[[Config, Sequence[Layer]], list[MemoryBytes]],
+) -> None:
+    """Raises if ranks of these sizes do not fit."""
+    ranks = count(config, model.layers)
+    wanted, rebuild = _fullest(ranks, room), model.rebuild
     if wanted <= room.free_bytes or not config.run.check_memory:
         return
 
     def need(other: Config) -> int:
-        model = layers if rebuild is None else rebuild(other)
-        return _fullest(rank_bytes(other, chunked, model), room)
+        return _fullest(count(other, model.layers if rebuild is None else rebuild(other)), room)
 
     fitting = list(_proposals(config, room, need, is_own_model=rebuild is None))
     way_out = f"settings that fit: {', '.join(fitting)}" if fitting else "use larger machines"
@@ -124,18 +159,38 @@ def rank_bytes(
         chunked: the graph.
         layers: the whole model.
     """
-    parallel = config.parallel
+    num_ways = config.parallel.num_ways
+    ways = [way_counts(chunked, way, num_ways) for way in range(num_ways)]
+    return _rank_bytes(config, chunked, layers, ways, num_chunks=chunked.num_chunks)
+
+
+def _least_bytes(config: Config, graph: Graph, layers: Sequence[Layer]) -> list[MemoryBytes]:
+    """The same for a graph that is not cut: even parts without mirrors."""
+    W, C = config.parallel.num_ways, config.partition.num_chunks
+    rows, edges = graph.num_nodes // W, graph.num_edges // W
+    largest = -(-rows // C)
+    way = WayCounts(rows, 0, 0, edges, True, largest, W == C == 1)  # shared arrays: the least
+    return _rank_bytes(config, graph, layers, [way] * W, num_chunks=C)
+
+
+def _rank_bytes(
+    config: Config,
+    graph: Graph | ChunkedGraph,
+    layers: Sequence[Layer],
+    ways: Sequence[WayCounts],
+    *,
+    num_chunks: int,
+) -> list[MemoryBytes]:
+    parallel, features = config.parallel, graph.features
     mesh = Mesh(parallel.num_stages, parallel.num_ways)
     bounds = stage_bounds(
-        layers, chunked, num_stages=parallel.total_stages, sizes=parallel.layers_per_stage
+        layers, graph, num_stages=parallel.total_stages, sizes=parallel.layers_per_stage
     )
-    ways = [way_counts(chunked, way, parallel.num_ways) for way in range(parallel.num_ways)]
-    features = chunked.features
     found = []
     for rank in range(mesh.world_size):
         stage_rank, way = mesh.stage_rank(rank), ways[mesh.way(rank)]
-        share = way.num_rows / max(chunked.num_nodes, 1)
-        entries = round(features.nnz * share) if sparse.issparse(features) else None
+        share = way.num_rows / max(graph.num_nodes, 1)
+        entries = None if isinstance(features, np.ndarray) else round(features.nnz * share)
         held = [
             layers[index]
             for stage in mesh.stages_of(stage_rank, virtual_stages=parallel.virtual_stages)
@@ -147,8 +202,8 @@ def rank_bytes(
                 is_first=stage_rank == 0,
                 num_cuts=(stage_rank > 0) + (stage_rank < mesh.num_stages - 1),
                 way=way,
-                features=FeatureCounts(chunked.num_features, entries),
-                num_chunks=chunked.num_chunks,
+                features=FeatureCounts(graph.num_features, entries),
+                num_chunks=num_chunks,
                 storage=storage_of(config),
             )
         )

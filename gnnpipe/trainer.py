@@ -31,7 +31,7 @@ from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.reference_run import ReferenceRun
 from gnnpipe.resume import Start, check_same, checked_threads, find_start
-from gnnpipe.room import check_room, gpu_room, host_room
+from gnnpipe.room import Room, check_before_cut, check_room, gpu_room, host_room
 from gnnpipe.run_directory import PARTITION_DIR, WHOLE_PARTITION_DIR, summary_text
 from gnnpipe.runs import PipelineRun
 from gnnpipe.stopping import StopRequest, stop_requests
@@ -133,11 +133,19 @@ class Trainer:
             self._adapted = adapted(self._layers, self.config, chunked)
         return self._adapted
 
+    def _check_before_cut(self, graph: Graph, world: World) -> None:
+        """Refuses what no cut of the graph would make fit; a user's own layers need the cut."""
+        if self._layers is None:
+            config = self.config
+
+            def rebuild(other: Config) -> Sequence[Layer]:
+                return model_layers(other, graph)
+
+            check_before_cut(config, graph, _room(world), rebuild=rebuild)
+
     def _check_room(self, chunked: ChunkedGraph, world: World) -> None:
         """Before anything is made: memory as it will be, on this host or on a GPU."""
-        room = host_room(world.world_size)
-        if world.device.type == "cuda":
-            room = gpu_room(torch.cuda.mem_get_info(world.device)[0])
+        room = _room(world)
         own = self._layers is not None
         rebuild = None if own else lambda config: model_layers(config, chunked)
         check_room(self.config, chunked, self._model(chunked), room, rebuild=rebuild)
@@ -155,8 +163,10 @@ class Trainer:
         if path is None:
             assert graph is not None
             configured_task(config, graph)
+            part = training_part(graph) if config.data.inductive else graph
+            self._check_before_cut(part, world)
             whole = cut_graph(graph, config, num_chunks=1) if config.data.inductive else None
-            graph = training_part(graph) if config.data.inductive else graph
+            graph = part
             cut = cut_graph(graph, config)
             self._check_room(cut, world)  # A run that does not fit leaves nothing behind.
             path = str(Path(config.run.dir).resolve() / PARTITION_DIR)
@@ -174,6 +184,13 @@ class Trainer:
         if path in (config.partition.path, start.partition):
             self._check_room(chunked, world)
         return start._replace(partition=path).to_json()
+
+
+def _room(world: World) -> Room:
+    """What this rank's host or GPU has left."""
+    if world.device.type == "cuda":
+        return gpu_room(torch.cuda.mem_get_info(world.device)[0])
+    return host_room(world.world_size)
 
 
 def train(config: Config, *, is_quiet: bool = False) -> None:

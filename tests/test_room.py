@@ -17,6 +17,7 @@ from gnnpipe.errors import UserError
 from gnnpipe.room import (
     PROCESS_BYTES,
     Room,
+    check_before_cut,
     check_room,
     free_bytes,
     gpu_room,
@@ -176,3 +177,32 @@ def test_a_run_that_does_not_fit_leaves_nothing(
     assert main(["train", *overrides, "run.threads=1"]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "rank 0 needs" in line
+
+
+def test_a_graph_is_not_cut_for_a_run_that_no_cut_makes_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="gnnpipe")
+    monkeypatch.setattr(trainer, "host_room", lambda ranks: Room(0, ranks, "this host", False))
+    overrides = [*SMALL, f"run.dir={tmp_path / 'run'}", "partition.method=random"]
+    with pytest.raises(UserError, match="`run.check_memory` "):
+        Trainer(load_config(None, overrides), graph=woven(60)).fit()
+    assert "cutting" not in caplog.text
+
+
+@pytest.mark.parametrize("num_ways", [1, 2])
+def test_the_check_before_the_cut_asks_for_no_more_than_the_one_after(num_ways: int) -> None:
+    config = load_config(None, [*SMALL, f"parallel.num_ways={num_ways}", "parallel.num_stages=1"])
+    chunked = cut(num_ways=num_ways)
+    layers = model_layers(config, chunked)
+    need = max(rank.total for rank in rank_bytes(config, chunked, layers))
+    room = Room(num_ways * (PROCESS_BYTES + need), num_ways, "this host", grows=False)
+    graph = woven(chunked.num_nodes)
+    check_before_cut(config, graph, room, rebuild=lambda other: model_layers(other, graph))
+    with pytest.raises(UserError, match="finds that rank 0 needs"):
+        check_before_cut(
+            config,
+            graph,
+            room._replace(free_bytes=num_ways * PROCESS_BYTES),
+            rebuild=lambda other: model_layers(other, graph),
+        )
