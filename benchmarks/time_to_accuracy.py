@@ -53,10 +53,10 @@ from partition import assign  # noqa: E402
 EPOCHS = {"pubmed": 60, "amazon_computers": 80, "facebook_pages": 50, "coauthor_physics": 30}
 METHODS = (
     "exact",
-    "steps 4 of 8",
+    "steps 4 of 4",
     "steps 8 of 8",
-    "steps 8 of 32",
     "steps 16 of 16",
+    "steps 8 of 32",
     "cluster 4 of 32",
     "cluster 8 of 32",
 )
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     path = options.work / "cells.jsonl"
     if options.report is not None:
-        options.report.write_text(report(read(path), notes()), encoding="utf-8")
+        text = report(read(path), [*options.note, *notes()])
+        options.report.write_text(text, encoding="utf-8")
         return
     torch.set_num_threads(1)
     numba.set_num_threads(1)
@@ -119,6 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help="instead of the graph's own number")
     add("--limit-s", type=float, default=math.inf, help="start no cell after this time")
     add("--report", type=Path, help="write the tables of all finished cells, run nothing")
+    add("--note", nargs="*", default=[], help="with --report: sentences to put above the tables")
     return parser.parse_args(argv)
 
 
