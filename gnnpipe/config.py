@@ -80,7 +80,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 }
 
 
-NO_NUMBA = "must be auto or torch on a GPU, for which there are no numba kernels; take auto"
+NO_NUMBA = "must be auto, torch or triton on a GPU, which runs no numba kernels here; take auto"
+NO_TRITON = "must be auto, numba or torch on a CPU, for which Triton makes no code; take auto"
 NO_OFFLOAD = (
     "must be keep or recompute on a CPU, where there is no other memory to move anything to; take "
     "recompute"
@@ -125,6 +126,7 @@ class Config:
         if self.device == "cuda":
             require(self.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
         if self.device == "cpu":
+            require(self.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
             require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
         if self.task.kind == "link" and self.parallel.num_ways > 1:
             raise UserError(

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
-from gnnpipe.config import NO_NUMBA, NO_OFFLOAD, Config
+from gnnpipe.config import NO_NUMBA, NO_OFFLOAD, NO_TRITON, Config
 from gnnpipe.configured import configured_task, configured_updates
 from gnnpipe.fields import require
 from gnnpipe.history import Table
@@ -144,7 +145,10 @@ class PipelineRun:
         parallel = config.parallel
         if world.device.type != "cpu":
             require(config.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
+            has_triton = config.kernels.backend != "triton" or find_spec("triton") is not None
+            require(has_triton, "kernels.backend", "triton", "needs Triton; pip install triton")
         else:
+            require(config.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
             require(config.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
             if config.training.precision == "bf16" and not half_products_gain():
                 logger.warning(SLOW_PRODUCTS)

@@ -305,8 +305,9 @@ class MemoryConfig:
 class KernelsConfig:
     """What sums over neighbours."""
 
-    backend: Literal["auto", "numba", "torch"] = "auto"
-    """auto: numba on CPUs, torch elsewhere. torch on a CPU is slower, and differs in last bits."""
+    backend: Literal["auto", "numba", "torch", "triton"] = "auto"
+    """auto: numba on CPUs, torch elsewhere. torch on a CPU is slower, and differs in last bits;
+    triton (GPUs, if installed) has never been timed on one."""
 
     def __post_init__(self) -> None:
         settle(self, "kernels")

@@ -47,5 +47,12 @@ def test_the_device_decides_unless_somebody_does() -> None:
 
 
 def test_a_gpu_has_no_numba_kernels() -> None:
-    with pytest.raises(UserError, match=r"`kernels.backend` \(=numba\) must be auto or torch"):
+    with pytest.raises(UserError, match=r"`kernels.backend` \(=numba\) must be auto, torch or"):
         load_config(None, ["device=cuda", "kernels.backend=numba"])
+
+
+def test_a_cpu_has_no_triton() -> None:
+    with pytest.raises(UserError, match=r"`kernels.backend` \(=triton\) must be auto, numba or"):
+        load_config(None, ["device=cpu", "kernels.backend=triton"])
+    with pytest.raises(UserError, match="for which Triton makes no code"):
+        pipeline(woven(), settings("gcn", backend="triton"))

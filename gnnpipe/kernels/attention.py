@@ -126,7 +126,7 @@ def attend(
     Returns:
         ``[num_targets, heads * C]``.
     """
-    if order.backend == "torch":
+    if order.backend != "numba":
         return attend_plainly(x, logit_src, logit_dst, order=order, slope=slope, drop=drop)
     rest = (order, slope, drop)
     out: Tensor = _Attend.apply(x, logit_src, logit_dst, *rest)  # type: ignore[no-untyped-call]

@@ -23,7 +23,8 @@ class RowBlock:
         weight: value of each entry, or None for ones.
         row_scale: factor of each row of the block, ``[num_rows]``, or None.
         col_scale: factor of each column, ``[num_columns]``, or None.
-        backend: what multiplies it, ``numba`` or ``torch``; None chooses by the device.
+        backend: what multiplies it, ``numba``, ``torch`` or ``triton`` (float32 results; others
+            are torch's); None chooses by the device.
     """
 
     def __init__(
@@ -125,7 +126,11 @@ def aggregate(
     if out is None:
         dtype = torch.float32 if is_half else table.dtype
         out = table.new_empty((block.num_rows, table.shape[1]), dtype=dtype)
-    if block.backend == "torch":
+    if block.backend == "triton" and out.dtype == torch.float32:
+        from gnnpipe.kernels import gpu  # Triton is optional, and heavy
+
+        return gpu.aggregate(block, table, out, rows, gate)
+    if block.backend != "numba":
         table = table.to(out.dtype)
         if gate is not None:
             table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
