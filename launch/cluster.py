@@ -241,7 +241,13 @@ def _connected(
         os.environ.update(variables)
         os.environ["PYTHONPATH"] = child_environment({})["PYTHONPATH"]
         total = max(os.cpu_count() or 1, math.ceil(num_cpus))
-        ray.init(address="local", num_cpus=total, include_dashboard=False, **options)
+        try:
+            ray.init(address="local", num_cpus=total, include_dashboard=False, **options)
+        except Exception as error:  # Ray's has no class of its own.
+            raise UserError(
+                f"Ray does not start on this host: {' '.join(str(error).split())} Try again when"
+                " the host is less busy, or run `ray start --head` and then the same command"
+            ) from error
     try:
         yield is_ours
     finally:

@@ -336,6 +336,25 @@ def test_a_quiet_job_leaves_warnings_only(is_quiet: bool, monkeypatch: pytest.Mo
     assert left.take() == ([warning] if is_quiet else all_lines)
 
 
+def test_ray_that_does_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    def init(*, address: str, **_: Any) -> None:
+        if address == "auto":
+            raise ConnectionError("no cluster")
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # It is changed for Ray's processes.
+    monkeypatch.setattr(ray, "init", init)
+    assert main(["ray", f"run.dir={tmp_path / 'run'}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: Ray does not start on this host: The current node timed out")
+    assert line.count("\n") == 1
+    assert "`ray start --head`" in line
+
+
 def test_quiet_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[Any] = []
 
