@@ -134,7 +134,7 @@ def test_a_job_on_fewer_ranks_is_planned_anew(
     seen = []
 
     class Fitted:
-        def __init__(self, config: Config) -> None:
+        def __init__(self, config: Config, **_: object) -> None:
             seen.append(config)
 
         def fit(self) -> None:
