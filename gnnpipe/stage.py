@@ -177,6 +177,7 @@ class Stage:
         products = HalfProducts() if self._precision == "bf16" else nullcontext()
         with asking, self._saving(local.table, view), products:
             out = layer(x, view)
+        view.in_table = None  # What is saved holds its hooks, and they the view.
         ends = {name: edge(value) for name, value in view.handed_on.items()}
         return out, Record(entry, entries, edge(out), ends), view.handed_on
 

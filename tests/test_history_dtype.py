@@ -9,11 +9,13 @@ from drawn import woven
 from one_process import losses, pipeline, settings, striped, tables_of, weights_of
 from torch import Tensor
 
+from gnnpipe import stage
 from gnnpipe.config import load_config
 from gnnpipe.errors import UserError
 from gnnpipe.kernels import RowBlock, aggregate
 from gnnpipe.record import TableRows
 from gnnpipe.runs import PipelineRun
+from gnnpipe.view import View
 
 HALF = {"history_dtype": "bfloat16", "dtype": "float32"}
 
@@ -101,6 +103,23 @@ def test_rows_that_the_table_holds_are_not_saved_beside_it() -> None:
     out.backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert (weight.grad == 0).all()
+
+
+def test_no_view_outlives_its_layer_with_rows_that_the_table_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    views: list[View] = []
+
+    class Watched(View):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            views.append(self)
+
+    monkeypatch.setattr(stage, "View", Watched)
+    run = run_of("sage")
+    run.train_epoch(1)
+    assert views
+    assert all(view.in_table is None for view in views)
 
 
 REFUSED = {
