@@ -60,13 +60,13 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("squirrel", "gcnii"): {"training": {"epochs": 100}},
     ("squirrel", "resgcn+"): {"training": {"epochs": 100, "lr": 3e-3}},
     ("pubmed", "gcnii"): {"training": {"epochs": 60}, "model": {"dropout": 0.3}},
-    ("pubmed", "resgcn+"): {"training": {"epochs": 30, "lr": 5e-3}, "model": {"dropout": 0.3}},
+    ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
     ("amazon_computers", "gcnii"): {
-        "training": {"epochs": 80, "lr": 0.02, "weight_decay": 0.0},
+        "training": {"epochs": 150, "lr": 0.02, "weight_decay": 0.0},
         "model": {"dropout": 0.2},
     },
     ("amazon_computers", "resgcn+"): {
-        "training": {"epochs": 60, "lr": 0.01},
+        "training": {"epochs": 120, "lr": 0.01},
         "model": {"dropout": 0.2},
     },
     ("facebook_pages", "gcnii"): {"training": {"epochs": 50}, "model": {"dropout": 0.2}},
