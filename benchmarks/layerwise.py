@@ -127,7 +127,7 @@ class Layerwise:
         """Exact."""
         return self.run.evaluate()
 
-    def _reader(self, table: Any, cell: Any) -> Any:
+    def _reader(self, table: Any, cell: Any, _kept: Any = None) -> Any:
         if table is None:
             return None
         known = id(table)
@@ -204,6 +204,9 @@ class _Plain:
     def own_rows(self, x: Tensor) -> None:
         return None
 
+    def rounded(self, x: Tensor) -> Tensor:
+        return x
+
     def aggregate(self, x: Tensor) -> Tensor:
         if self.memory is not None:
             self.memory.warm(x.detach())
@@ -223,6 +226,9 @@ class _Masked:
 
     def own_rows(self, x: Tensor) -> None:
         return None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x
 
     def aggregate(self, x: Tensor) -> Tensor:
         memory = self.memory

@@ -201,7 +201,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):  # Meant for the run, which ends us.
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
     follower = Follower(options.directory, partition=options.partition, num_done=options.done)
     follower.begin()
     word = b""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
@@ -190,7 +191,7 @@ def _rank_bytes(
     for rank in range(mesh.world_size):
         stage_rank, way = mesh.stage_rank(rank), ways[mesh.way(rank)]
         share = way.num_rows / max(graph.num_nodes, 1)
-        entries = None if isinstance(features, np.ndarray) else round(features.nnz * share)
+        entries = round(features.nnz * share) if isinstance(features, csr_array) else None
         held = [
             layers[index]
             for stage in mesh.stages_of(stage_rank, virtual_stages=parallel.virtual_stages)

@@ -55,6 +55,8 @@ logger = logging.getLogger("gnnpipe")
 
 FOLLOWER_WAIT_S = 60.0
 """Longest wait, at the end of a run, for TensorBoard's files."""
+FOLLOWER_NICENESS = 10
+"""What the process that writes them leaves to ranks that want its core."""
 
 
 class Done(NamedTuple):
@@ -214,6 +216,8 @@ class _Follower:
             stderr=self._complaint,
             env=env,
         )
+        # From here, not by itself: loading what it needs is most of its work.
+        os.setpriority(os.PRIO_PROCESS, self._child.pid, FOLLOWER_NICENESS)
         self.is_finished = False
 
     def close(self) -> None:
