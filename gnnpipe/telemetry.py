@@ -217,7 +217,8 @@ class _Follower:
             env=env,
         )
         # From here, not by itself: loading what it needs is most of its work.
-        os.setpriority(os.PRIO_PROCESS, self._child.pid, FOLLOWER_NICENESS)
+        niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + FOLLOWER_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, self._child.pid, niceness)
         self.is_finished = False
 
     def close(self) -> None:

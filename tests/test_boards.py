@@ -102,6 +102,14 @@ def points(found: Any, tag: str) -> list[tuple[int, Any]]:  # approximately
     return [(event.step, pytest.approx(event.value)) for event in found.Scalars(tag)]
 
 
+def test_the_process_behind_the_board_gives_way_from_its_start(tmp_path: Path) -> None:
+    with begin(tmp_path / "run", None) as log:
+        assert log._follower is not None
+        child = log._follower._child.pid
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + telemetry.FOLLOWER_NICENESS)
+        assert os.getpriority(os.PRIO_PROCESS, child) == lower
+
+
 def test_every_figure_is_a_curve(finished: Path) -> None:
     found = events(finished)
     assert set(found.Tags()["scalars"]) == {
