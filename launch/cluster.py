@@ -17,6 +17,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gnnpipe import preflight
 from gnnpipe.config import Config, from_dict, to_dict
@@ -174,7 +175,9 @@ def failure_config(max_restarts: int) -> FailureConfig:
 
 
 def _actor(cls: Any) -> Any:  # Any: Ray makes up the types of actors
-    return ray.remote(num_cpus=0)(cls).remote()
+    """An actor on the driver's host: whichever other host is lost, it stays."""
+    own_host = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(cls).options(num_cpus=0, scheduling_strategy=own_host).remote()
 
 
 class _Trainer(TorchTrainer):
