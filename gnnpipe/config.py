@@ -123,11 +123,8 @@ class Config:
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
         self._check_rounding()
-        if self.device == "cuda":
-            require(self.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
-        if self.device == "cpu":
-            require(self.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
-            require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
+        if self.device != "auto":
+            self.check_device(self.device)
         if self.task.kind == "link" and self.parallel.num_ways > 1:
             raise UserError(
                 f"`parallel.num_ways` (={self.parallel.num_ways}) must be 1 with `task.kind` "
@@ -138,6 +135,21 @@ class Config:
     def world_size(self) -> int:
         """Number of processes."""
         return self.parallel.num_stages * self.parallel.num_ways
+
+    def check_device(self, kind: str) -> None:
+        """Checks what only some kinds of device can do.
+
+        Args:
+            kind: ``cpu``, or one of GPUs.
+
+        Raises:
+            UserError: a setting that this kind has not.
+        """
+        if kind != "cpu":
+            require(self.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
+            return
+        require(self.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
+        require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
 
     def _check_rounding(self) -> None:
         rule = "must be fp32 with `model.dtype` (=float64); leave it out"

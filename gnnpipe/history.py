@@ -246,9 +246,9 @@ class Reader:
         Returns:
             Waits until the other ways' rows of the chunk have arrived here.
         """
-        rows, recall = self.table.values[self.cell.rows], self.table.recall
         if self.is_again:
             return lambda: None
+        rows, recall = self.table.values[self.cell.rows], self.table.recall
         if recall is not None and recall.is_taking and not self._is_kept:
             recall.take(self.cell.rows, x)
         if is_same_memory(rows, x):

@@ -152,7 +152,6 @@ def _planner(
         "links": links,
         "storage": storage_of(config),
         "steps": config.training.steps_per_epoch,
-        "recalled": config.history.is_recalled,
     }
     given = None if request.profile is None else load_profile(request.profile)
     if request.shape is not None:

@@ -86,7 +86,6 @@ class Planner:
         links: the network.
         storage: how a rank holds its numbers.
         steps: optimizer steps of an epoch.
-        recalled: whether histories are kept apart from the tables.
     """
 
     def __init__(
@@ -98,16 +97,13 @@ class Planner:
         links: Links,
         storage: Storage = PLAIN,
         steps: int = 1,
-        recalled: bool = False,
     ) -> None:
         self._layers = layers
         self._graph = graph
         self._profile = profile
         self._links = links
-        self._bytes = storage.element_bytes
         self._storage = storage
         self._steps = steps
-        self._recalled = recalled
         self._ways: dict[int, WayShape] = {}
 
     def predict(self, setting: Setting) -> Prediction:
@@ -166,7 +162,7 @@ class Planner:
             return 0.0
         way = self._way(W)
         rows = (way.mirrors.incoming + way.mirrors.outgoing) / 2 / (W * setting.num_chunks)
-        num_bytes = rows * layer.table_channels * self._bytes
+        num_bytes = rows * layer.table_channels * self._storage.element_bytes
         is_local = self._links.ranks_per_host >= W
         travel_s = self._links.seconds(num_bytes, is_local=is_local) + self._links.latency_s
         if layer.operator.startswith("edges"):
@@ -182,7 +178,7 @@ class Planner:
         step_s = num_parameters(held) * self._profile.step_s_per_parameter
         if W == 1:
             return step_s
-        num_bytes = 2 * (W - 1) / W * num_parameters(held) * self._bytes
+        num_bytes = 2 * (W - 1) / W * num_parameters(held) * self._storage.element_bytes
         is_local = self._links.ranks_per_host >= W
         sums_s = self._links.seconds(num_bytes, is_local=is_local)
         rows, edges = self._chunk(setting)
@@ -201,8 +197,8 @@ class Planner:
         cuts = crossings(self._layers, bounds=bounds, num_stages=setting.num_stages)
         for stage, cut in enumerate(cuts):
             forward, backward = cut.carried_forward, cut.carried_backward
-            found[stage, "F"] = (cut.boundary + forward) * rows * self._bytes
-            found[stage + 1, "B"] = (cut.boundary + backward) * rows * self._bytes
+            found[stage, "F"] = (cut.boundary + forward) * rows * self._storage.element_bytes
+            found[stage + 1, "B"] = (cut.boundary + backward) * rows * self._storage.element_bytes
         return found
 
     def _comm_bytes(
@@ -215,9 +211,9 @@ class Planner:
             num_nodes=self._graph.num_nodes,
             num_ways=setting.num_ways,
             mirrors=self._way(setting.num_ways).mirrors,
-            element_bytes=self._bytes,
+            element_bytes=self._storage.element_bytes,
             steps=steps,
-            recalled=self._recalled,
+            recalled=self._storage.kept_copies > 0,
             num_chunks=setting.num_chunks,
         )
 

@@ -133,7 +133,6 @@ def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Pre
         links=links,
         storage=storage_of(config),
         steps=config.training.steps_per_epoch,
-        recalled=config.history.is_recalled,
     )
     count = config.partition.num_chunks
     possible = settings(

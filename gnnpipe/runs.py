@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gnnpipe.assembly import Plan, build_engine, stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
-from gnnpipe.config import NO_NUMBA, NO_OFFLOAD, NO_TRITON, Config
+from gnnpipe.config import Config
 from gnnpipe.configured import configured_task, configured_updates
 from gnnpipe.fields import require
 from gnnpipe.history import Table
@@ -143,15 +143,12 @@ class PipelineRun:
         evaluated_on: ChunkedGraph | None = None,
     ) -> None:
         parallel = config.parallel
-        if world.device.type != "cpu":
-            require(config.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
-            has_triton = config.kernels.backend != "triton" or find_spec("triton") is not None
-            require(has_triton, "kernels.backend", "triton", "needs Triton; pip install triton")
-        else:
-            require(config.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
-            require(config.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
-            if config.training.precision == "bf16" and not half_products_gain():
-                logger.warning(SLOW_PRODUCTS)
+        kind = world.device.type
+        config.check_device(kind)
+        has_triton = config.kernels.backend != "triton" or find_spec("triton") is not None
+        require(has_triton, "kernels.backend", "triton", "needs Triton; pip install triton")
+        if kind == "cpu" and config.training.precision == "bf16" and not half_products_gain():
+            logger.warning(SLOW_PRODUCTS)
         self._config = config
         self._layers = layers
         self._num_chunks = chunked.num_chunks
@@ -343,22 +340,27 @@ class PipelineRun:
         load_model_state(layers, self._optimizer, shards)
         owed = {name: shards.tensor(name) for name in shards.names("rounding.")}
         self.engine.weight_sums.load_state_dict(owed, [index for index, _ in layers])
-        if not shards.names("history."):
-            self.engine.infer(into_tables=True)
-        else:
+        if shards.names("history."):
             load_moments(self._local, shards)
-        for local in self._local if shards.names("history.") else []:
-            if local.table is not None:
-                self._comm.during(f"restoring layer {local.layer_index}")
-                load_history(local, shards)
-                # Own rows -> the ways that mirror them.
-                self._comm.pull(local.table.values, local.cells.whole.in_exchanges)()
-                load_mirrors(local, shards, self._comm.mesh.place(self.rank))
-                local.table.warm()
-                load_recall(local, shards)
-                if local.table.late is not None:
-                    self._comm.pull(local.table.late.rows, local.cells.whole.out_exchanges)()
+            for local in self._local:
+                self._restore_table(local, shards)
+        else:
+            self.engine.infer(into_tables=True)
         self.usage()  # No epoch's business.
+
+    def _restore_table(self, local: LocalLayer, shards: Shards) -> None:
+        table, cell = local.table, local.cells.whole
+        if table is None:
+            return
+        self._comm.during(f"restoring layer {local.layer_index}")
+        load_history(local, shards)
+        # Own rows -> the ways that mirror them.
+        self._comm.pull(table.values, cell.in_exchanges)()
+        load_mirrors(local, shards, self._comm.mesh.place(self.rank))
+        table.warm()
+        load_recall(local, shards)
+        if table.late is not None:
+            self._comm.pull(table.late.rows, cell.out_exchanges)()
 
     @property
     def _local(self) -> list[LocalLayer]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def ring_run(folder: Path, directory: Path, *more: str) -> list[str]:
         *more,
         f"run.dir={directory}",
     ]
+
+
+def wait_for_epochs(directory: Path, number: int, *, limit_s: float) -> None:
+    """Waits until another process has trained so far."""
+    deadline_s, path = time.monotonic() + limit_s, directory / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline_s, "the run did not get on"
+        time.sleep(0.002)
+
+
+def write_undisturbed(folder: Path) -> None:
+    """The ring, and in ``whole`` what an undisturbed run of many epochs makes of it."""
+    write_ring(folder)
+    train_on(ring_run(folder, folder / "whole", f"training.epochs={20 * EPOCHS}"))
 
 
 def losses(directory: Path) -> list[float]:

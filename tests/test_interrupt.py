@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from resuming import wait_for_epochs
 
 from gnnpipe.metrics import read_metrics
 from gnnpipe.stopping import AGAIN_S
@@ -60,13 +61,6 @@ def training(directory: Path, patch: str = "") -> Iterator["subprocess.Popen[str
         process.wait()
 
 
-def wait_for_epochs(directory: Path, number: int) -> None:
-    path, deadline = directory / "metrics.jsonl", time.monotonic() + WAIT_S
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline, "the run did not get on"
-        time.sleep(0.01)
-
-
 def assert_nobody_is_left(group: int) -> None:
     """The process that writes TensorBoard's files is the last to go."""
     deadline = time.monotonic() + WAIT_S
@@ -81,7 +75,7 @@ def assert_nobody_is_left(group: int) -> None:
 
 def test_once_finishes_the_epoch_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     with training(tmp_path) as process:
-        wait_for_epochs(tmp_path, 3)
+        wait_for_epochs(tmp_path, 3, limit_s=WAIT_S)
         os.killpg(process.pid, signal.SIGINT)
         out, error = process.communicate(timeout=WAIT_S)
     done = len(read_metrics(tmp_path / "metrics.jsonl"))
@@ -95,7 +89,7 @@ def test_once_finishes_the_epoch_and_leaves_a_checkpoint(tmp_path: Path) -> None
 
 def test_twice_ends_at_once(tmp_path: Path) -> None:
     with training(tmp_path, ENDLESS) as process:
-        wait_for_epochs(tmp_path, 2)
+        wait_for_epochs(tmp_path, 2, limit_s=WAIT_S)
         time.sleep(0.5)  # Into the third.
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(AGAIN_S + 0.5)

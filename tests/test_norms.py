@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gnnpipe.config import Config
-from gnnpipe.models import OPTIONS
 from gnnpipe.models.norm import GraphNorm, NodeNorm, make_norm
 from gnnpipe.moments import Moments
 from gnnpipe.order import chunk_order
+from gnnpipe.sections import MODEL_OPTIONS
 
 WIDTH = 3
-NORMED = [name for name, options in OPTIONS.items() if "norm" in options]
+NORMED = [name for name, options in MODEL_OPTIONS.items() if "norm" in options]
 
 
 def alone(numbers: Tensor) -> Tensor:

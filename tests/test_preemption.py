@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from resuming import EPOCHS, losses, ring_run, train_on, write_ring
+from resuming import EPOCHS, losses, ring_run, train_on, wait_for_epochs, write_undisturbed
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -38,8 +38,7 @@ TORCHRUN = [
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graph, and what an undisturbed run makes of it."""
     folder = tmp_path_factory.mktemp("ring")
-    write_ring(folder)
-    train_on(ring_run(folder, folder / "whole", f"training.epochs={20 * EPOCHS}"))
+    write_undisturbed(folder)
     return folder
 
 
@@ -79,13 +78,6 @@ def signal_all(name: str, number: int) -> int:
     return count
 
 
-def wait_for_epochs(directory: Path, number: int) -> None:
-    deadline_s, path = time.monotonic() + TIMEOUT_S, directory / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline_s, "the run did not get on"
-        time.sleep(0.002)
-
-
 def preempt(name: str, grace_s: float) -> int:
     """What a scheduler does: SIGTERM to all, later SIGKILL to those that are left, counted."""
     assert signal_all(name, signal.SIGTERM) >= 3
@@ -101,7 +93,7 @@ def test_a_preempted_run_stops_with_a_checkpoint_within_the_grace(
 ) -> None:
     run = long_run(ring, tmp_path, "parallel.num_stages=2", "checkpoint.every=100000")
     with host(str(tmp_path), *launcher, *run) as process:
-        wait_for_epochs(tmp_path, 3)
+        wait_for_epochs(tmp_path, 3, limit_s=TIMEOUT_S)
         assert preempt(str(tmp_path), GRACE_S) == 0
         _, error = process.communicate(timeout=TIMEOUT_S)
     done = len(losses(tmp_path))
@@ -116,7 +108,7 @@ def test_a_grace_that_is_too_short_costs_the_epochs_since_the_last_checkpoint(
 ) -> None:
     run = long_run(ring, tmp_path, "parallel.num_stages=2", "checkpoint.every=5")
     with host(str(tmp_path), *LOCAL, *run):
-        wait_for_epochs(tmp_path, 12)
+        wait_for_epochs(tmp_path, 12, limit_s=TIMEOUT_S)
         assert preempt(str(tmp_path), grace_s=0.0) == 3
     assert len(losses(tmp_path)) < 20 * EPOCHS
     train_on([*run, "parallel.num_stages=1"])
@@ -138,7 +130,7 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(ring: Path, tmp_path: Pat
         host(f"{tmp_path}/a", *start, f"is_host=1,{quick}", *agent[9:], *run) as stays,
         host(f"{tmp_path}/b", *start, f"is_host=0,{quick}", *agent[9:], *run) as goes,
     ):
-        wait_for_epochs(tmp_path, 7)
+        wait_for_epochs(tmp_path, 7, limit_s=TIMEOUT_S)
         assert signal_all(f"{tmp_path}/b", 0) == 2
         goes.kill()
         _, error = stays.communicate(timeout=TIMEOUT_S)

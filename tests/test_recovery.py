@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from resuming import EPOCHS, losses, ring_run, train_on, train_until, write_ring
+from resuming import (
+    EPOCHS,
+    losses,
+    ring_run,
+    train_on,
+    train_until,
+    wait_for_epochs,
+    write_undisturbed,
+)
 
 from gnnpipe.cli import main
 from gnnpipe.config import load_config
@@ -26,8 +34,7 @@ TIMEOUT_S = 200
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graph, and what an undisturbed run makes of it."""
     folder = tmp_path_factory.mktemp("ring")
-    write_ring(folder)
-    train_on(ring_run(folder, folder / "whole", f"training.epochs={20 * EPOCHS}"))
+    write_undisturbed(folder)
     return folder
 
 
@@ -54,14 +61,6 @@ def long_run(ring: Path, directory: Path, *more: str) -> list[str]:
     return [*ring_run(ring, directory, "parallel.num_stages=2", epochs, *more)]
 
 
-def wait_for_epochs(directory: Path, number: int) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    path = directory / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline_s, "the run did not get on"
-        time.sleep(0.002)
-
-
 def pid_of(rank: int, parent: int) -> int:
     """Process id of a rank that the launcher has started."""
     for path in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
@@ -75,7 +74,7 @@ def test_a_killed_rank_restarts_the_run_from_its_newest_checkpoint(
     ring: Path, tmp_path: Path
 ) -> None:
     with launched("--max-restarts", "1", *long_run(ring, tmp_path)) as process:
-        wait_for_epochs(tmp_path, 7)
+        wait_for_epochs(tmp_path, 7, limit_s=TIMEOUT_S)
         os.kill(pid_of(1, process.pid), signal.SIGKILL)
         _, error = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, error
@@ -87,7 +86,7 @@ def test_a_killed_rank_restarts_the_run_from_its_newest_checkpoint(
 def test_sigterm_leaves_a_checkpoint_and_status_0(ring: Path, tmp_path: Path) -> None:
     run = long_run(ring, tmp_path, "checkpoint.every=100000")
     with launched(*run) as process:
-        wait_for_epochs(tmp_path, 3)
+        wait_for_epochs(tmp_path, 3, limit_s=TIMEOUT_S)
         process.terminate()
         _, error = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, error
@@ -100,7 +99,7 @@ def test_sigterm_leaves_a_checkpoint_and_status_0(ring: Path, tmp_path: Path) ->
 
 def test_a_rank_that_says_nothing_is_named_within_the_timeout(ring: Path, tmp_path: Path) -> None:
     with launched(*long_run(ring, tmp_path, "run.timeout_s=5")) as process:
-        wait_for_epochs(tmp_path, 3)
+        wait_for_epochs(tmp_path, 3, limit_s=TIMEOUT_S)
         victim = pid_of(1, process.pid)
         os.kill(victim, signal.SIGSTOP)
         started_s = time.monotonic()

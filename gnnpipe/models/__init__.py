@@ -19,30 +19,14 @@ from gnnpipe.models.gin import GINLayer
 from gnnpipe.models.io import InputLayer, OutputLayer
 from gnnpipe.models.jknet import JKLayer, JKOutputLayer
 from gnnpipe.models.layer import GraphView, Layer
-from gnnpipe.models.norm import NormName, make_norm
+from gnnpipe.models.norm import make_norm
 from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
 from gnnpipe.models.reversible import ReversibleLayer
 from gnnpipe.models.sage import SAGELayer
 from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_layer
+from gnnpipe.sections import MODEL_OPTIONS, NormName
 
-__all__ = ["OPTIONS", "GraphView", "Layer", "build_layers", "end_widths"]
-
-OPTIONS: Mapping[str, Mapping[str, float | NormName]] = {
-    "gcn": {"norm": "none"},
-    "sage": {"norm": "none"},
-    "gin": {"train_eps": False, "norm": "none"},
-    "gat": {"heads": 8, "norm": "none"},
-    "gcnii": {"alpha": 0.1, "theta": 0.5, "norm": "none"},
-    "resgcn+": {"norm": "layer"},
-    "deepergcn": {"norm": "layer"},
-    "jknet": {"norm": "none"},
-    "appnp": {"alpha": 0.1},
-    "dagnn": {},
-    "transformer": {"heads": 8, "norm": "layer"},
-    "dgmlp": {},
-    "revgnn": {"norm": "layer"},
-}
-"""Each model's own options and their defaults."""
+__all__ = ["GraphView", "Layer", "build_layers", "end_widths"]
 
 DECOUPLED = ("appnp", "dagnn")
 """Models that make the class scores first and propagate them."""
@@ -65,7 +49,7 @@ def build_layers(
     """Builds a model, with weights drawn from torch's global generator.
 
     Args:
-        name: a key of :data:`OPTIONS`.
+        name: a key of :data:`~gnnpipe.sections.MODEL_OPTIONS`.
         in_channels: number of features.
         hidden_channels: width of the rows between layers.
         out_channels: number of classes.
@@ -127,15 +111,17 @@ def _choose(
     name: str, options: Mapping[str, float | NormName]
 ) -> tuple[dict[str, float], NormName]:
     """The model's own numbers and its norm."""
-    if name not in OPTIONS:
-        raise UserError(f"`model.name` (={name}) is unknown; choose from {', '.join(OPTIONS)}")
+    if name not in MODEL_OPTIONS:
+        raise UserError(
+            f"`model.name` (={name}) is unknown; choose from {', '.join(MODEL_OPTIONS)}"
+        )
     for key in options:
-        if key not in OPTIONS[name]:
-            known = ", ".join(OPTIONS[name]) or "none"
+        if key not in MODEL_OPTIONS[name]:
+            known = ", ".join(MODEL_OPTIONS[name]) or "none"
             raise UserError(f"`model.{key}` is no option of {name}; its options: {known}")
     numbers: dict[str, float] = {}
     norm: NormName = "none"
-    for key, value in {**OPTIONS[name], **options}.items():
+    for key, value in {**MODEL_OPTIONS[name], **options}.items():
         if isinstance(value, str):
             norm = value
         else:

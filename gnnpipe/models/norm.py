@@ -1,11 +1,9 @@
 """What normalises hidden rows: each row by itself, or each column over all nodes."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-NormName = Literal["none", "layer", "batch", "graph"]
+from gnnpipe.sections import NormName
 
 
 class GraphNorm(nn.Module):

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from gnnpipe.errors import UserError
-from gnnpipe.models.norm import NormName, make_norm
+from gnnpipe.models.norm import make_norm
+from gnnpipe.sections import NormName
 
 Options = Mapping[str, Any]
 MakeConv = Callable[[int, Options], nn.Module]

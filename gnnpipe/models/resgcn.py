@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from gnnpipe.kernels import linear
 from gnnpipe.models.cost import dense_flops
 from gnnpipe.models.layer import GraphView, Layer
-from gnnpipe.models.norm import NormName, make_norm
+from gnnpipe.models.norm import make_norm
 from gnnpipe.models.sage import SAGELayer
+from gnnpipe.sections import NormName
 
 
 class ResGCNLayer(Layer):

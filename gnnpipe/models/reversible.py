@@ -8,7 +8,8 @@ from gnnpipe.kernels import linear
 from gnnpipe.models.convolution import glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView, Layer
-from gnnpipe.models.norm import NormName, make_norm
+from gnnpipe.models.norm import make_norm
+from gnnpipe.sections import NormName
 
 
 class ReversibleLayer(Layer):

@@ -11,7 +11,8 @@ from gnnpipe.models.foreign.block import BlockLayer
 from gnnpipe.models.foreign.hops import HopLayer, Recurrence
 from gnnpipe.models.foreign.residual import ResidualLayer
 from gnnpipe.models.layer import Layer
-from gnnpipe.models.norm import NormName, make_norm
+from gnnpipe.models.norm import make_norm
+from gnnpipe.sections import NormName
 
 
 def deepergcn_layer(channels: int, *, dropout: float, norm: NormName) -> Layer:
