@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     path = options.work / "cells.jsonl"
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # As a run does.
     start_s = time.monotonic()
     done = {tuple(cell["cell"]) for cell in read(path)}
     for cell in cells(options) if options.report is None else ():

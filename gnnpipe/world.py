@@ -195,10 +195,14 @@ class World:
 def join(*, device: str, timeout_s: float) -> Iterator[World]:
     """Joins the processes that a launcher started, or is alone.
 
+    From here on numbers below 1.2e-38 are 0 on a CPU: gradients that vanish in a deep network
+    can make an epoch three times as slow otherwise.
+
     Args:
         device: auto, cpu or cuda.
         timeout_s: longest wait inside a collective, seconds.
     """
+    torch.set_flush_denormal(True)  # Before threads start, which inherit it.
     chosen = _device(device)
     if dist.is_initialized():  # inside a user's own script
         rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
