@@ -85,6 +85,7 @@ class Layerwise:
                     memory.layer_index = local.layer_index
                     self.tables[id(local.table)] = memory
             stage._reader = self._reader  # type: ignore[method-assign]
+            stage.by_hand.clear()  # Every layer has to ask that reader.
         self._operator = {
             id(local.table): (local.layer.operator, local.cells.chunks[0])
             for stage in self.run.engine.stages.values()
@@ -92,9 +93,7 @@ class Layerwise:
             if local.table is not None
         }
         if config.history.warm_start == "exact":
-            self._is_warming = True
-            self.run.engine.infer()
-        self._is_warming = False
+            self._renew()
 
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """One epoch of the pipeline."""
@@ -115,7 +114,18 @@ class Layerwise:
         self.is_training = False
         for memory in self.tables.values():
             memory.end_epoch(epoch)
+        bound = config.history.max_drift
+        if bound is not None and max(self.staleness()) > bound:
+            self._renew()
         return loss
+
+    def _renew(self) -> None:
+        """Histories that are exact for the weights as they are."""
+        for memory in self.tables.values():
+            memory.is_warm = False
+        self._is_warming = True
+        self.run.engine.infer()
+        self._is_warming = False
 
     is_training = False
 

@@ -17,13 +17,14 @@ restores the expectation of a single crossing.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gnnpipe.cell import Cell, Exchange, Halves
-from gnnpipe.kernels import RowBlock, aggregate
+from gnnpipe.kernels import RowBlock, aggregate, prepare
 from gnnpipe.recall import LateGradients, Recall
 
 
@@ -251,6 +252,7 @@ class Reader:
         rows, recall = self.table.values[self.cell.rows], self.table.recall
         if recall is not None and recall.is_taking and not self._is_kept:
             recall.take(self.cell.rows, x)
+        self._is_kept = False
         if is_same_memory(rows, x):
             return self.halo.pull(self.table.values, self.cell.in_exchanges)
         if self.table.drift is not None:
@@ -258,6 +260,62 @@ class Reader:
             self.table.drift += torch.stack(squares).cpu()
         rows.copy_(x)
         return self.halo.pull(self.table.values, self.cell.in_exchanges)
+
+    def sum(self, wait: Callable[[], None], out: Tensor | None) -> Tensor:
+        """The operator's rows times the table.
+
+        Args:
+            wait: until the rows of other ways are there.
+            out: where to write; None allocates.
+        """
+        return self._forward(wait, out)
+
+    def back(self, out: Tensor | None) -> Tensor:
+        """The gradient of the cell's values; that of its sums lies in the table.
+
+        Args:
+            out: where to write; None allocates.
+        """
+        table, late = self.table, self.table.late
+        wait = self.halo.pull(table.gradients, self.cell.out_exchanges)
+        # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
+        for gate in self._gates:
+            gate.fill_(1.0)
+        dx = self._backward(wait, out)
+        if late is not None:
+            self._add_late(dx, late)
+        # From here on these rows are read by other chunks only.
+        for gate in self._gates:
+            gate.fill_(self.factor)
+        return dx
+
+    def _add_late(self, dx: Tensor, late: LateGradients) -> None:
+        """Adds last epoch's gradients of readers that are still to come, and keeps this one's."""
+        assert self.cell.backward is not None
+        for rows in (self.cell.rows, self.cell.out_mirrors):
+            late.close(rows)
+            late.take(self.table.gradients, rows)
+        if not self.cell.is_closed:
+            dx += aggregate(self.cell.backward, late.rows, gate=late.gate)
+
+    @cached_property
+    def _gates(self) -> list[Tensor]:
+        chunk = (self.cell.rows, self.cell.out_mirrors)
+        return [self.table.gate[rows] for rows in chunk if rows.stop > rows.start]
+
+    @cached_property
+    def _forward(self) -> "_Sum":
+        return _overlapped(self.cell.forward, self.cell.forward_halves, self.table.values)
+
+    @cached_property
+    def _backward(self) -> "_Sum":
+        cell, table = self.cell, self.table
+        gate = None if cell.is_closed else table.gate
+        return _overlapped(cell.backward, cell.backward_halves, table.gradients, gate)
+
+
+_Sum = Callable[[Callable[[], None], Tensor | None], Tensor]
+"""Waits for messages on the way, and writes into the second argument or a new tensor."""
 
 
 class _Round(torch.autograd.Function):
@@ -277,11 +335,10 @@ class _Aggregate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:  # Any: torch's context
         ctx.reader = reader
         cell, table, wait = reader.cell, reader.table, reader.write(x.detach())
-        assert cell.forward is not None
         out = alias(table.gradients, cell.rows) if table.gradients.shape[0] else None
         if out is not None and reader.is_again and not table.is_shared:
             return out
-        out = _overlapped(cell.forward, cell.forward_halves, table.values, wait, out=out)
+        out = reader.sum(wait, out)
         # A layer may change what it gets; what it will get again must stay as it is.
         is_pristine = reader.kept is not None and not table.is_shared
         return out.clone() if is_pristine else out
@@ -289,48 +346,28 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         reader: Reader = ctx.reader
-        cell, table = reader.cell, reader.table
-        table.gradients[cell.rows] = grads[0]
-        wait = reader.halo.pull(table.gradients, cell.out_exchanges)
-        # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
-        chunk = [rows for rows in (cell.rows, cell.out_mirrors) if rows.stop > rows.start]
-        for rows in chunk:
-            table.gate[rows] = 1.0
-        assert cell.backward is not None
-        gate = None if cell.is_closed else table.gate
-        dx = _overlapped(cell.backward, cell.backward_halves, table.gradients, wait, gate=gate)
-        if table.late is not None:
-            dx = _with_late(dx, cell, table, table.late)
-        # From here on these rows are read by other chunks only.
-        for rows in chunk:
-            table.gate[rows] = reader.factor
-        return dx, None
+        reader.table.gradients[reader.cell.rows] = grads[0]
+        return reader.back(None), None
 
 
-def _with_late(dx: Tensor, cell: Cell, table: Table, late: LateGradients) -> Tensor:
-    """Adds last epoch's gradients of the readers that are still to come, and keeps this one's."""
-    assert cell.backward is not None
-    for rows in (cell.rows, cell.out_mirrors):
-        late.close(rows)
-        late.take(table.gradients, rows)
-    return dx if cell.is_closed else dx.add_(aggregate(cell.backward, late.rows, gate=late.gate))
-
-
-def _overlapped(  # one aggregation in two parts
-    block: RowBlock,
-    halves: Halves,
-    table: Tensor,
-    wait: Callable[[], None],
-    *,
-    out: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """Aggregates the rows that need no message while the messages travel, then the others."""
-    out = aggregate(block, table, out=out, rows=halves.interior, gate=gate)
-    wait()
+def _overlapped(
+    block: RowBlock | None, halves: Halves, table: Tensor, gate: Tensor | None = None
+) -> _Sum:
+    """An aggregation of the rows that need no message while messages travel, then the others."""
+    assert block is not None
+    first = prepare(block, table, rows=halves.interior, gate=gate)
+    second = None
     if halves.boundary.numel():
-        aggregate(block, table, out=out, rows=halves.boundary, gate=gate)
-    return out
+        second = prepare(block, table, rows=halves.boundary, gate=gate)
+
+    def run(wait: Callable[[], None], out: Tensor | None) -> Tensor:
+        if out is None:
+            out = block.empty_product(table)
+        first(out)
+        wait()
+        return out if second is None else second(out)
+
+    return run
 
 
 def alias(table: Tensor, rows: slice) -> Tensor:

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gnnpipe.by_hand import Buffers, ByHand, OnChunk, Shared
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Halo, Kept, Reader, Table, alias
 from gnnpipe.kernels import HalfProducts, SparseRows, dropout_rows
+from gnnpipe.models.convolution import affine_of
 from gnnpipe.models.layer import Layer
 from gnnpipe.moments import NO_NORMS, Norms
 from gnnpipe.record import Entry, Offload, Recipe, Record, TableRows, edge
@@ -74,7 +76,18 @@ class Stage:
         self._mode = mode
         self._precision = precision
         self._epoch = 0
-        self._records: dict[int, list[Record | Recipe]] = {}
+        self._records: dict[int, list[Record | Recipe | OnChunk]] = {}
+        self.by_hand = self._by_hand(Shared(halo, seed, factor, precision == "bf16", Buffers()))
+        """Layers that run without autograd, by layer index."""
+
+    def _by_hand(self, shared: Shared) -> dict[int, ByHand]:
+        found = {}
+        for index, layer, _, table, _ in self.layers:
+            affine = affine_of(layer) if index > 0 else None
+            if affine is not None and table is not None and table.gradients.numel():
+                hand = ByHand(affine, table, shared, layer_index=index, dropout=layer.dropout)
+                found[index] = hand
+        return found
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -93,6 +106,8 @@ class Stage:
             table.start_epoch(epoch, is_measured=is_measured)
         for local in self.layers:
             self._recall(local)
+        for hand in self.by_hand.values():
+            hand.start_epoch(epoch)
 
     def _recall(self, local: LocalLayer) -> None:
         """Puts kept rows into the table, dropped out as the epoch's fresh rows will be."""
@@ -110,6 +125,8 @@ class Stage:
         """No gradient of the step before reaches the next; its rows are historical now."""
         for table in self.tables:
             table.start_step()
+        for hand in self.by_hand.values():
+            hand.start_step()
 
     def end_step(self, *, has_backward: bool = True) -> None:
         """Ends an optimizer step.
@@ -132,9 +149,13 @@ class Stage:
 
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
         """Computes one chunk and remembers what its backward needs."""
-        records: list[Record | Recipe] = []
+        records: list[Record | Recipe | OnChunk] = []
         x, carried = flow.x, dict(flow.carried)
         for local in self.layers:
+            if local.layer_index in self.by_hand:
+                on_chunk, x = self._forward_by_hand(local, chunk_index, x, carried)
+                records.append(on_chunk)
+                continue
             read = {name: carried[name] for name in local.layer.reads}
             recipe = Recipe(x, read, Kept() if self._mode == "recompute" else None)
             out, record, handed_on = self._run(local, chunk_index, recipe)
@@ -144,6 +165,42 @@ class Stage:
             carried |= {name: value.detach() for name, value in handed_on.items()}
         self._records[chunk_index] = records
         return Flow(x, carried)
+
+    def _forward_by_hand(
+        self,
+        local: LocalLayer,
+        chunk_index: int,
+        x: Tensor | SparseRows,
+        carried: dict[str, Tensor],
+    ) -> tuple[OnChunk, Tensor]:
+        assert isinstance(x, Tensor)
+        cell, hand = local.cells.chunks[chunk_index], self.by_hand[local.layer_index]
+        name, index = hand.affine.carried, local.layer_index
+        with AskingFor("forward", f"activations of layer {index}"):
+            # What leaves the stage, or what autograd may hold on to, is no shared buffer.
+            if index + 1 in self.by_hand:
+                out = hand.rows(cell, like=x)
+            else:
+                out = x.new_empty((x.shape[0], hand.affine.out_channels))
+            on_chunk = hand.on(cell)
+            return on_chunk, on_chunk.forward(x, None if name is None else carried[name], out)
+
+    def _backward_by_hand(
+        self, local: LocalLayer, on_chunk: OnChunk, dx: Tensor, carried: dict[str, Tensor]
+    ) -> Tensor:
+        index, shape = local.layer_index, (dx.shape[0], local.layer.in_channels)
+        before = self.by_hand.get(index - 1)
+        with AskingFor("backward", f"gradients of layer {index}"):
+            if before is not None:
+                out = before.shared.buffers.rows(index - 1, *shape, like=dx)
+            else:
+                out = dx.new_empty(shape)
+            name = self.by_hand[index].affine.carried
+            dx, to_carried = on_chunk.backward(dx, out)
+            if name is not None:
+                assert to_carried is not None
+                carried[name] = carried[name] + to_carried if name in carried else to_carried
+        return dx
 
     def _shortened(self, local: LocalLayer, recipe: Recipe) -> Recipe:
         """The recipe without what lies in the layer's table."""
@@ -208,9 +265,14 @@ class Stage:
         records = self._records.pop(chunk_index)
         for local in reversed(self.layers):
             record = records.pop()  # Its gradients go when the layer before has used them.
+            assert isinstance(dx, Tensor)
+            if isinstance(record, OnChunk):
+                dx = self._backward_by_hand(local, record, dx, carried)
+                if layer_done is not None:
+                    layer_done(local)
+                continue
             if isinstance(record, Recipe):
                 record = self._again(local, chunk_index, record)
-            assert isinstance(dx, Tensor)
             roots, grads = [record.out], [dx]
             for name, value in record.handed_on.items():
                 if name in carried:

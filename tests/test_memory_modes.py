@@ -147,7 +147,7 @@ def records_after_forward(run: PipelineRun, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_lies_in_the_table_is_not_kept_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = woven()
-    run = pipeline(graph, settings("sage", mode="recompute"), striped(graph, 4))
+    run = pipeline(graph, settings("gin", mode="recompute"), striped(graph, 4))
     recipes = records_after_forward(run, monkeypatch)
     assert all(isinstance(recipe, Recipe) for recipe in recipes)
     is_kept = [recipe.x is not None for recipe in recipes]

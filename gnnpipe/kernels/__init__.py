@@ -4,10 +4,10 @@ numba on CPU; torch.sparse elsewhere and as the oracle of the tests.
 """
 
 from gnnpipe.kernels.attention import EdgeDrop, EdgeOrder, attend
-from gnnpipe.kernels.dropout import dropout_edges, dropout_rows, dropped_rows
-from gnnpipe.kernels.product import HalfProducts, half_products_gain
-from gnnpipe.kernels.rectify import relu
-from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear
+from gnnpipe.kernels.dropout import drop_rows, dropout_edges, dropout_rows, dropped_rows
+from gnnpipe.kernels.product import HalfProducts, half_products_gain, multiply
+from gnnpipe.kernels.rectify import keep_where, rectify, relu
+from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear, prepare
 
 __all__ = [
     "EdgeDrop",
@@ -17,10 +17,15 @@ __all__ = [
     "SparseRows",
     "aggregate",
     "attend",
+    "drop_rows",
     "dropout_edges",
     "dropout_rows",
     "dropped_rows",
     "half_products_gain",
+    "keep_where",
     "linear",
+    "multiply",
+    "prepare",
+    "rectify",
     "relu",
 ]

@@ -32,8 +32,12 @@ class Kernel(NamedTuple):
 
     def __call__(self, *args: Any, work: int) -> None:  # Any: numba dispatches on the arguments
         """Runs the variant that fits ``work``, the count of numbers touched."""
+        self.chosen(work)(*args)
+
+    def chosen(self, work: int) -> Callable[..., None]:
+        """The variant that fits ``work``."""
         is_large = work >= PARALLEL_MIN_WORK and numba.get_num_threads() > 1
-        (self.parallel if is_large else self.serial)(*args)
+        return self.parallel if is_large else self.serial
 
 
 def compiled(function: Callable[..., None], alone: Callable[..., None] | None = None) -> Kernel:

@@ -39,6 +39,11 @@ def _apply(x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None = None) 
     return out
 
 
+def drop_rows(x: Tensor, node_id: Tensor, *, p: float, key: int, out: Tensor | None) -> Tensor:
+    """:func:`dropout_rows` of dense rows outside autograd; ``out`` may be ``x``."""
+    return _apply(x, _Ids((node_id,)), p, key, out)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(  # Any: torch's context

@@ -77,6 +77,24 @@ def _rounded(a: Tensor, b: Tensor) -> Tensor:
     return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
 
 
+def multiply(
+    a: Tensor, b: Tensor, *, out: Tensor, base: Tensor | None = None, is_half: bool = False
+) -> Tensor:
+    """``base + a @ b``, outside autograd.
+
+    Args:
+        a: ``[n, k]``.
+        b: ``[k, m]``.
+        out: the result, ``[n, m]``; may be ``base``.
+        base: ``[n, m]``, ``[m]``, or None for 0.
+        is_half: round operands to bfloat16, where they are float32.
+    """
+    if is_half and are_matrices(a, b):
+        rounded = _rounded(a, b)
+        return out.copy_(rounded) if base is None else torch.add(base, rounded, out=out)
+    return torch.mm(a, b, out=out) if base is None else torch.addmm(base, a, b, out=out)
+
+
 def half_products_gain() -> bool:
     """Whether this CPU has instructions that make them quicker than float32's."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -11,21 +11,46 @@ from torch import Tensor
 from gnnpipe.kernels import cpu
 
 
+def rectify(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Makes ``max(x, 0)`` of ``x`` in place.
+
+    Args:
+        x: contiguous.
+        mask: where to write the result, if an earlier one of as many numbers is at hand.
+
+    Returns:
+        Which numbers have stayed: a bit of each, on other devices than CPUs a byte.
+    """
+    if x.device.type != "cpu":
+        mask = torch.gt(x, 0, out=mask)
+        x.relu_()
+        return mask
+    if mask is None:
+        mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    cpu.rectify(x.detach().numpy().reshape(-1), mask.numpy(), work=x.numel())
+    return mask
+
+
+def keep_where(x: Tensor, mask: Tensor, *, out: Tensor) -> Tensor:
+    """``x`` where the mask of :func:`rectify` has a bit, 0 elsewhere; ``out`` may be ``x``."""
+    if x.device.type != "cpu":
+        return torch.mul(x, mask, out=out)
+    arrays = (x.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1))
+    cpu.keep(*arrays, work=x.numel())
+    return out
+
+
 class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # Any: torch's context
         ctx.mark_dirty(x)
-        ctx.mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
-        cpu.rectify(x.detach().numpy().reshape(-1), ctx.mask.numpy(), work=x.numel())
+        ctx.mask = rectify(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous()
-        out = torch.empty_like(grad)
-        arrays = (grad.numpy().reshape(-1), ctx.mask.numpy(), out.numpy().reshape(-1))
-        cpu.keep(*arrays, work=grad.numel())
-        return out
+        return keep_where(grad, ctx.mask, out=torch.empty_like(grad))
 
 
 def relu(x: Tensor) -> Tensor:

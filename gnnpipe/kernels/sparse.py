@@ -1,6 +1,7 @@
 """Rows of a sparse matrix, and their products with dense tables."""
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -56,6 +57,11 @@ class RowBlock:
             col_scale=self.col_scale,
             backend=self.backend,
         )
+
+    def empty_product(self, table: Tensor) -> Tensor:
+        """Memory for the product with a table, whose sums are float32 at least."""
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        return table.new_empty((self.num_rows, table.shape[1]), dtype=dtype)
 
     @cached_property
     def numpy(self) -> tuple[Any, ...]:  # Any: numpy arrays of several dtypes, or None
@@ -122,28 +128,46 @@ def aggregate(
     Returns:
         ``[block.num_rows, F]``.
     """
-    is_half = table.dtype == torch.bfloat16
-    if out is None:
-        dtype = torch.float32 if is_half else table.dtype
-        out = table.new_empty((block.num_rows, table.shape[1]), dtype=dtype)
-    if block.backend == "triton" and out.dtype == torch.float32:
+    out = block.empty_product(table) if out is None else out
+    return prepare(block, table, rows=rows, gate=gate)(out)
+
+
+def prepare(
+    block: RowBlock, table: Tensor, *, rows: Tensor | None, gate: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """:func:`aggregate` of whatever the table and the gate hold when the result is called.
+
+    Why: looking at tensors as numpy arrays takes as long as the rows of a small chunk do.
+    """
+    if block.backend == "triton" and table.dtype != torch.float64:
         from gnnpipe.kernels import gpu  # Triton is optional, and heavy
 
-        return gpu.aggregate(block, table, out, rows, gate)
+        return lambda out: gpu.aggregate(block, table, out, rows, gate)
     if block.backend != "numba":
-        table = table.to(out.dtype)
-        if gate is not None:
-            table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
-        product = block.matrix(table.shape[0], table.dtype) @ table
-        return out.copy_(product) if rows is None else out.index_copy_(0, rows, product[rows])
-    work = block.num_entries * table.shape[1]
+        return lambda out: _in_torch(block, table, out, rows, gate)
+    kernel = cpu.aggregate.chosen(block.num_entries * table.shape[1])
     chosen = None if rows is None else rows.numpy()
     gates = None if gate is None else gate.numpy()
     # numpy knows no bfloat16: the kernel reads its bits.
-    numbers = table.view(torch.uint16).numpy() if is_half else table.numpy()
-    arrays = (*block.numpy, gates, chosen, numbers, out.numpy())
-    cpu.aggregate(*arrays, numba.get_num_threads(), work=work)
-    return out
+    numbers = (table.view(torch.uint16) if table.dtype == torch.bfloat16 else table).numpy()
+    arrays = (*block.numpy, gates, chosen, numbers)
+    num_parts = numba.get_num_threads()
+
+    def run(out: Tensor) -> Tensor:
+        kernel(*arrays, out.numpy(), num_parts)
+        return out
+
+    return run
+
+
+def _in_torch(
+    block: RowBlock, table: Tensor, out: Tensor, rows: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    table = table.to(out.dtype)
+    if gate is not None:
+        table = torch.where(gate[:, None] != 0, table * gate[:, None], 0.0)
+    product = block.matrix(table.shape[0], table.dtype) @ table
+    return out.copy_(product) if rows is None else out.index_copy_(0, rows, product[rows])
 
 
 class SparseRows(NamedTuple):

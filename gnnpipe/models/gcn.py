@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gnnpipe.models.convolution import Convolution, glorot
+from gnnpipe.models.convolution import Affine, Convolution, glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView
 
@@ -36,6 +36,10 @@ class GCNLayer(Convolution):
             return graph.aggregate(self.lin(x)) + self.bias
         h: Tensor = nn.functional.linear(graph.aggregate(x), self.lin.weight, self.bias)
         return h
+
+    def affine(self) -> Affine:
+        """The product after the sum."""
+        return Affine(self.lin.weight, bias=self.bias)
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule; the bias starts at zero."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gnnpipe.models.convolution import Convolution, glorot
+from gnnpipe.models.convolution import Affine, Convolution, glorot
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView
 
@@ -55,6 +55,10 @@ class GCNIILayer(Convolution):
         # (1 - beta) s + beta s W as one product: the identity goes into the small matrix.
         identity = torch.eye(self.in_channels, dtype=s.dtype, device=s.device)
         return s @ torch.lerp(identity, self.weight1, self.beta)
+
+    def affine(self) -> Affine:
+        """The mix and its product."""
+        return Affine(self.weight1, carried="h0", share=self.alpha, beta=self.beta)
 
     def reset_parameters(self) -> None:
         """Draws the weight by Glorot's rule."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from gnnpipe.models.convolution import Convolution
+from gnnpipe.models.convolution import Affine, Convolution
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView
 
@@ -32,6 +32,10 @@ class SAGELayer(Convolution):
         """Adds the transformed mean of the neighbours and the transformed row."""
         h: Tensor = self.lin_l(graph.aggregate(x)) + self.lin_r(x)
         return h
+
+    def affine(self) -> Affine:
+        """Both products."""
+        return Affine(self.lin_l.weight, rows=self.lin_r.weight, bias=self.lin_l.bias)
 
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""

@@ -1,0 +1,214 @@
+"""A convolution's forward and backward by hand: dropout, neighbour sums, products, ReLU.
+
+Why not autograd: on a small chunk its bookkeeping takes longer than the kernels, and each of its
+steps makes a new array. By hand a result, and later its gradient, lies in one of two buffers that
+all layers of a stage share, the gradient of the sums is made in the table where others read it,
+and what a backward needs is the table and one bit of each number::
+
+    forward    rows = dropout(x)    sums = A values    result = relu(sums W + rows V + bias)
+    backward   g = gradient where result > 0     gradients = g W^T
+               gradient of x = dropout(A^T gradients + g V^T)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gnnpipe.cell import Cell
+from gnnpipe.counter import stream_key
+from gnnpipe.history import Halo, Reader, Table, alias
+from gnnpipe.kernels import drop_rows, keep_where, multiply, rectify
+from gnnpipe.models.convolution import Affine
+
+
+class Buffers:
+    """Rows on their way through the layers of a stage.
+
+    The result of a layer lies in the slot of the layer's parity, and so does its gradient.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[int, Tensor] = {}
+        self._rows: dict[tuple[int, int, int], Tensor] = {}
+
+    def rows(self, slot: int, num_rows: int, channels: int, *, like: Tensor) -> Tensor:
+        """Rows ``[num_rows, channels]`` that hold until the next use of the slot."""
+        slot %= 2
+        rows = self._rows.get((slot, num_rows, channels))
+        if rows is None:
+            size = num_rows * channels
+            if slot not in self._flat or self._flat[slot].numel() < size:
+                self._flat[slot] = like.new_empty(size)
+            rows = self._flat[slot][:size].view(num_rows, channels)
+            self._rows[slot, num_rows, channels] = rows
+        return rows
+
+
+class Shared(NamedTuple):
+    """What the layers of a stage have in common."""
+
+    halo: Halo
+    seed: int
+    factor: float
+    """On gradients that cross chunks."""
+    is_half: bool
+    """Whether products round their operands to bfloat16."""
+    buffers: Buffers
+
+
+class ByHand:
+    """One layer on all its chunks.
+
+    Args:
+        affine: what the layer is.
+        table: its table.
+        shared: with the other layers of the stage.
+        layer_index: its place in the model.
+        dropout: of its input.
+    """
+
+    def __init__(
+        self, affine: Affine, table: Table, shared: Shared, *, layer_index: int, dropout: float
+    ) -> None:
+        self.affine = affine
+        self.table = table
+        self.shared = shared
+        self.dropout = dropout
+        self.key = 0
+        """Of the epoch's dropout."""
+        self._layer_index = layer_index
+        self._on_chunks: dict[int, OnChunk] = {}
+        self._matrix: Tensor | None = None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Epochs count from 1."""
+        self.key = stream_key(self.shared.seed, epoch, self._layer_index, 0)
+
+    def start_step(self) -> None:
+        """Weights have changed."""
+        self._matrix = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the sums are multiplied with, ``[in_channels, out_channels]``."""
+        if self._matrix is None:
+            self._matrix = self.affine.matrix()
+        return self._matrix
+
+    def on(self, cell: Cell) -> "OnChunk":
+        """The layer on one chunk."""
+        chunk = cell.place[0]
+        if chunk not in self._on_chunks:
+            self._on_chunks[chunk] = OnChunk(self, cell)
+        return self._on_chunks[chunk]
+
+    def rows(self, cell: Cell, *, like: Tensor) -> Tensor:
+        """Where the result for a cell goes, and its gradient."""
+        num_rows, channels = cell.rows.stop - cell.rows.start, self.affine.out_channels
+        return self.shared.buffers.rows(self._layer_index, num_rows, channels, like=like)
+
+
+class OnChunk:
+    """One layer on one chunk: what is the same in every epoch, and this one's mask."""
+
+    def __init__(self, by_hand: ByHand, cell: Cell) -> None:
+        table, shared = by_hand.table, by_hand.shared
+        self._by_hand = by_hand
+        self._cell = cell
+        self._reader = Reader(table, cell, shared.halo, factor=shared.factor)
+        self._values = alias(table.values, cell.rows)
+        self._sums = alias(table.gradients, cell.rows)
+        self._mask: Tensor | None = None
+        self._carried: Tensor | None = None
+
+    @property
+    def _rows(self) -> Tensor:
+        """The chunk's own rows as neighbours read them."""
+        return self._values.to(self._sums.dtype)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, carried: Tensor | None, out: Tensor) -> Tensor:
+        """Computes the layer.
+
+        Args:
+            x: its input, ``[num_rows, in_channels]``.
+            carried: what is mixed with the sums, if anything is.
+            out: where the result goes, ``[num_rows, out_channels]``.
+        """
+        hand, reader = self._by_hand, self._reader
+        affine, is_half = hand.affine, hand.shared.is_half
+        if hand.dropout:
+            reader.keep(x)
+            node_id, place = self._cell.node_id, reader.own_rows(x)
+            x = drop_rows(x, node_id, p=hand.dropout, key=hand.key, out=place)
+        wait = reader.write(x)
+        self._carried = carried
+        reader.sum(wait, self._sums)
+        self._mix()
+        multiply(self._sums, hand.matrix, out=out, base=affine.bias, is_half=is_half)
+        if affine.rows is not None:
+            multiply(self._rows, affine.rows.t(), out=out, base=out, is_half=is_half)
+        self._mask = rectify(out, self._mask)
+        return out
+
+    def _mix(self) -> None:
+        if self._carried is not None:
+            self._sums.lerp_(self._carried, self._by_hand.affine.share)
+
+    @torch.no_grad()
+    def backward(self, grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradients of the weights.
+
+        Args:
+            grad: of the result; it may lie where results do, and is overwritten there.
+            out: where the gradient of the input goes, ``[num_rows, in_channels]``.
+
+        Returns:
+            That, and the gradient of the carried rows, which holds until the next backward.
+        """
+        hand, affine, is_half = self._by_hand, self._by_hand.affine, self._by_hand.shared.is_half
+        assert self._mask is not None
+        grad = keep_where(grad.contiguous(), self._mask, out=hand.rows(self._cell, like=grad))
+        if hand.table.is_shared:  # Another layer's sums lie there; the values are still these.
+            self._reader.sum(_at_once, self._sums)
+            self._mix()
+        self._add_weights(grad)
+        multiply(grad, hand.matrix.t(), out=self._sums, is_half=is_half)
+        to_carried = None
+        if self._carried is not None:
+            to_carried = self._sums * affine.share
+            self._sums.mul_(1.0 - affine.share)
+            self._carried = None
+        self._reader.back(out)
+        if affine.rows is not None:
+            multiply(grad, affine.rows, out=out, base=out, is_half=is_half)
+        if hand.dropout:
+            drop_rows(out, self._cell.node_id, p=hand.dropout, key=hand.key, out=out)
+        return out, to_carried
+
+    def _add_weights(self, grad: Tensor) -> None:
+        affine, is_half = self._by_hand.affine, self._by_hand.shared.is_half
+        if affine.bias is not None and affine.bias.requires_grad:
+            add_gradient(affine.bias, grad.sum(0))
+        pairs = [(affine.sums, self._sums)]
+        if affine.rows is not None:
+            pairs.append((affine.rows, self._rows))
+        for weight, rows in pairs:
+            if weight.requires_grad:
+                ends = (rows, grad) if affine.beta is not None else (grad, rows)
+                product = torch.empty_like(weight)
+                multiply(ends[0].t(), ends[1], out=product, is_half=is_half)
+                add_gradient(weight, product if affine.beta is None else product * affine.beta)
+
+
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """As autograd does."""
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+def _at_once() -> None:
+    """There is no message to wait for."""
