@@ -1,7 +1,8 @@
 """How long a layer takes on a chunk, and a message on a link: the planner's constants.
 
 A forward or backward of one layer over n rows and e edges takes ``a + b n + c e`` seconds. The
-constants differ by the layer's role in the model: input, convolution, output.
+constants differ by the layer's role in the model: input, convolution, output. A message costs its
+sender and its receiver time as well, before and after it is on its way.
 """
 
 import json
@@ -17,7 +18,17 @@ LOCAL_GBPS = 10.0
 LATENCY_US = 200.0
 """Assumed for a small message through gloo."""
 
+MESSAGE_S = 8e-5
+"""Work of one rank on a message that it posts and waits for, or sends, through gloo."""
+
+PACK_S_PER_BYTE = 4.5e-10
+"""Of collecting the rows that another way mirrors; both measured on one core of a Xeon."""
+
 ROLES = ("input", "convolution", "output")
+
+
+OPTIONAL = ("post_s", "pack_s_per_byte")
+"""What a profile may leave out."""
 
 
 class Line(NamedTuple):
@@ -41,10 +52,14 @@ class Profile(NamedTuple):
     """Optimizer's time."""
     note: str
     """Where it comes from."""
+    post_s: float = MESSAGE_S
+    """Work on a message, on either side."""
+    pack_s_per_byte: float = PACK_S_PER_BYTE
+    """Of collecting rows to send."""
 
-    def layer_s(self, role: str, kind: str, rows: float, edges: float) -> float:
-        """Seconds of one layer's forward (``F``) or backward (``B``) of one chunk."""
-        return self.lines[f"{role} {kind}"].seconds(rows, edges)
+    def message_s(self, num_messages: float, packed_bytes: float = 0.0) -> float:
+        """Seconds that a rank works on messages."""
+        return num_messages * self.post_s + packed_bytes * self.pack_s_per_byte
 
 
 class Links(NamedTuple):
@@ -91,7 +106,9 @@ def load_profile(path: str | Path) -> Profile:
     try:
         values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         lines = {str(name): Line(*map(float, line)) for name, line in values["lines"].items()}
-        profile = Profile(lines, float(values["step_s_per_parameter"]), str(values["note"]))
+        rest = {name: float(values[name]) for name in OPTIONAL if name in values}
+        step_s, note = float(values["step_s_per_parameter"]), str(values["note"])
+        profile = Profile(lines, step_s, note, **rest)
         missing = {f"{role} {kind}" for role in ROLES for kind in "FB"} - lines.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         missing = {"anything"}

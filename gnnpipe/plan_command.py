@@ -66,7 +66,8 @@ def run_plan(config: Config, request: PlanRequest) -> str:
     if request.picture is not None:
         predicted_figure(best.timeline).savefig(request.picture)
     if request.write is not None:
-        Path(request.write).write_text(to_yaml(applied(config, best.setting)), encoding="utf-8")
+        written = applied(config, best.setting, best.sizes)
+        Path(request.write).write_text(to_yaml(written), encoding="utf-8")
     if request.is_json:
         figures = {"best": _figures(best), "why": reason(best, predictions)}
         return json_text(figures | {"settings": [_figures(p) for p in predictions]})

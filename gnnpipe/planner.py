@@ -1,13 +1,12 @@
 """Chooses stages, ways, chunks and virtual stages: predicts every setting, takes the quickest.
 
 The prediction simulates the very schedule that the engine will run. An action lasts as long as
-its layers on a mean chunk, and waits for the halo of each layer as far as interior rows do not
-hide it. Graph parallelism (one stage) and a single rank are settings like any other, so a case
-that is too small, sparse or shallow for a pipeline gets one of those.
+its layers on a mean chunk and the work on its messages, and waits for the halo of each layer as
+far as interior rows do not hide it. Graph parallelism (one stage) and a single rank are settings
+like any other, so a case that is too small, sparse or shallow for a pipeline gets one of those.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from gnnpipe.costs import Links, Profile, role_of
@@ -48,6 +47,10 @@ class WayShape(NamedTuple):
     mirrors: MirrorCounts
     interior_share: float
     """Share of edges whose target reads no other way: what a halo can hide behind."""
+    busiest: float = 1.0
+    """Rows that the way with the most sends or receives, over the mean way's."""
+    loads: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    """Rows and edges of each way, over the mean way's: the others wait for the slowest."""
 
 
 class GraphShape(NamedTuple):
@@ -76,6 +79,13 @@ class Prediction(NamedTuple):
     """What that rank holds, by purpose."""
 
 
+class _Sent(NamedTuple):
+    """What one action sends."""
+
+    num_messages: int
+    num_bytes: float
+
+
 class Planner:
     """Predicts settings for one model on one graph.
 
@@ -86,6 +96,7 @@ class Planner:
         links: the network.
         storage: how a rank holds its numbers.
         steps: optimizer steps of an epoch.
+        cores: of a host, which its ranks share; None: enough.
     """
 
     def __init__(
@@ -97,7 +108,9 @@ class Planner:
         links: Links,
         storage: Storage = PLAIN,
         steps: int = 1,
+        cores: int | None = None,
     ) -> None:
+        self._cores = cores
         self._layers = layers
         self._graph = graph
         self._profile = profile
@@ -112,28 +125,16 @@ class Planner:
         costs = [self._layer_s(i, setting) for i in range(len(self._layers))]
         sizes = split_layers([f + b for f, b in costs], S * v)
         bounds = [sum(sizes[:stage]) for stage in range(S * v + 1)]
-        spent = [
-            tuple(sum(part) for part in zip(*costs[low:high], strict=True))
-            for low, high in pairwise(bounds)
-        ]
-        crossing = self._crossing_bytes(bounds, setting)
-
-        def occupancy(action: Action) -> float:
-            is_local = self._links.ranks_per_host >= setting.num_ranks
-            return self._links.seconds(crossing.get(action[:2], 0.0), is_local=is_local)
-
         steps = min(self._steps, setting.num_chunks)
-        timeline = simulate(
-            fill_drain(S, setting.num_chunks, v, steps=steps),
-            lambda action: spent[action.stage_index][action.kind == "B"],
-            transfer=self._links.latency_s,
-            occupancy=occupancy,
-            steps=steps,
-        )
-        tail_s = steps * max(self._tail_s(bounds, rank, setting) for rank in range(S))
-        epoch_s = timeline.makespan_s + tail_s
+        timeline = self._timeline(bounds, costs, setting, steps=steps)
+        tails = [self._tail_s(bounds, costs, rank, setting) for rank in range(S)]
+        ends = [spans[-1].end_s + tail for spans, tail in zip(timeline.ranks, tails, strict=True)]
+        # Each step but the last is waited for as long as the slowest rank's.
+        epoch_s = max(ends) + (steps - 1) * max(tails)
         halo_s = sum(self._halo_s(i, setting) for i in range(len(self._layers)))
-        busy_s = sum(timeline.busy_s) + tail_s * S - 2 * setting.num_chunks * halo_s
+        steps_s = sum(self._step_s(bounds, rank, setting) for rank in range(S))
+        busy_s = sum(timeline.busy_s) + steps * steps_s - 2 * setting.num_chunks * halo_s
+        epoch_s = max(epoch_s, busy_s / S / self._core_share(setting))
         needs = [self._memory_bytes(bounds, rank, setting) for rank in range(S)]
         memory = max(needs, key=lambda need: need.total)
         return Prediction(
@@ -147,58 +148,135 @@ class Planner:
             memory,
         )
 
+    def _timeline(
+        self,
+        bounds: Sequence[int],
+        costs: Sequence[tuple[float, float]],
+        setting: Setting,
+        *,
+        steps: int,
+    ) -> Timeline:
+        """When every action runs."""
+        spent = {
+            (stage, kind): sum(costs[i][kind == "B"] for i in _of(bounds, stage))
+            for stage in range(len(bounds) - 1)
+            for kind in "FB"
+        }
+        crossing = self._crossings(bounds, setting)
+        is_local = self._links.ranks_per_host >= setting.num_ranks
+
+        def duration(action: Action) -> float:
+            # What comes in has the key of the stage that sends it.
+            keys = (_before(action), action[:2])
+            count = sum(crossing[key].num_messages for key in keys if key in crossing)
+            return spent[action.stage_index, action.kind] + self._profile.message_s(count)
+
+        def occupancy(action: Action) -> float:
+            sent = crossing.get(action[:2])
+            return self._links.seconds(sent.num_bytes if sent else 0.0, is_local=is_local)
+
+        return simulate(
+            fill_drain(
+                setting.num_stages, setting.num_chunks, setting.virtual_stages, steps=steps
+            ),
+            duration,
+            transfer=self._links.latency_s,
+            occupancy=occupancy,
+            steps=steps,
+        )
+
+    def _core_share(self, setting: Setting) -> float:
+        """Cores for each rank of the fullest host, at most 1."""
+        here = min(setting.num_ranks, self._links.ranks_per_host)
+        return 1.0 if self._cores is None else min(1.0, self._cores / here)
+
     def _layer_s(self, index: int, setting: Setting) -> tuple[float, float]:
         """Forward and backward of one chunk through one layer, the halo's wait included."""
-        rows, edges = self._chunk(setting)
-        role = role_of(index, len(self._layers))
-        halo_s = self._halo_s(index, setting)
-        forward_s = self._profile.layer_s(role, "F", rows, edges)
-        return forward_s + halo_s, self._profile.layer_s(role, "B", rows, edges) + halo_s
+        halo_s = self._halo_s(index, setting) + self._halo_work_s(index, setting)
+        forward_s, backward_s = (self._compute_s(index, kind, setting) for kind in "FB")
+        return forward_s + halo_s, backward_s + halo_s
 
-    def _halo_s(self, index: int, setting: Setting) -> float:
-        """How long one chunk waits for its halo in one layer, beyond what interior rows hide."""
+    def _compute_s(self, index: int, kind: str, setting: Setting) -> float:
+        """One layer on one chunk, on the slowest way."""
+        rows, edges = self._chunk(setting)
+        line = self._profile.lines[f"{role_of(index, len(self._layers))} {kind}"]
+        loads = self._way(setting.num_ways).loads
+        return max(line.seconds(rows * more, edges * denser) for more, denser in loads)
+
+    def _halo_bytes(self, index: int, setting: Setting) -> float:
+        """What the busiest way sends, or receives, for one chunk in one layer and direction."""
         layer, W = self._layers[index], setting.num_ways
         if W == 1 or layer.operator == "none":
             return 0.0
         way = self._way(W)
         rows = (way.mirrors.incoming + way.mirrors.outgoing) / 2 / (W * setting.num_chunks)
-        num_bytes = rows * layer.table_channels * self._storage.element_bytes
+        return rows * way.busiest * layer.table_channels * self._storage.element_bytes
+
+    def _halo_work_s(self, index: int, setting: Setting) -> float:
+        """Work of a rank on the messages of one chunk in one layer and direction."""
+        num_bytes = self._halo_bytes(index, setting)
+        return self._profile.message_s(2 * (setting.num_ways - 1), num_bytes) if num_bytes else 0.0
+
+    def _halo_s(self, index: int, setting: Setting) -> float:
+        """How long one chunk waits for its halo in one layer, beyond what interior rows hide."""
+        num_bytes = self._halo_bytes(index, setting)
+        if not num_bytes:
+            return 0.0
+        W = setting.num_ways
         is_local = self._links.ranks_per_host >= W
         travel_s = self._links.seconds(num_bytes, is_local=is_local) + self._links.latency_s
-        if layer.operator.startswith("edges"):
+        if self._layers[index].operator.startswith("edges"):
             return travel_s
         line = self._profile.lines[f"{role_of(index, len(self._layers))} F"]
-        hidden_s = line.per_edge_s * self._chunk(setting)[1] * way.interior_share
+        hidden_s = line.per_edge_s * self._chunk(setting)[1] * self._way(W).interior_share
         return max(0.0, travel_s - hidden_s)
 
-    def _tail_s(self, bounds: Sequence[int], rank: int, setting: Setting) -> float:
-        """After the last backward: what is left of the weight sums, and the optimizer."""
-        S, W, _, v = setting
-        held = [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)]
-        step_s = num_parameters(held) * self._profile.step_s_per_parameter
+    def _step_s(self, bounds: Sequence[int], rank: int, setting: Setting) -> float:
+        """The optimizer's step of a rank."""
+        stages = range(rank, setting.num_stages * setting.virtual_stages, setting.num_stages)
+        held = [self._layers[i] for s in stages for i in _of(bounds, s)]
+        return num_parameters(held) * self._profile.step_s_per_parameter
+
+    def _tail_s(
+        self,
+        bounds: Sequence[int],
+        costs: Sequence[tuple[float, float]],
+        rank: int,
+        setting: Setting,
+    ) -> float:
+        """After a rank's last backward: what is left of the weight sums, and the optimizer.
+
+        A layer's sum starts when its last backward has run, and follows those before it.
+        """
+        W = setting.num_ways
+        step_s = self._step_s(bounds, rank, setting)
         if W == 1:
             return step_s
-        num_bytes = 2 * (W - 1) / W * num_parameters(held) * self._storage.element_bytes
         is_local = self._links.ranks_per_host >= W
-        sums_s = self._links.seconds(num_bytes, is_local=is_local)
-        rows, edges = self._chunk(setting)
-        hidden_s = sum(
-            self._profile.layer_s(role_of(i, len(self._layers)), "B", rows, edges)
-            for i in _of(bounds, rank)
-        )
-        return step_s + max(0.0, sums_s - hidden_s) + 2 * (W - 1) * self._links.latency_s
+        end_s = link_s = 0.0
+        for index in reversed(_of(bounds, rank)):
+            end_s += costs[index][1]
+            num_bytes = 2 * (W - 1) / W * num_parameters([self._layers[index]])
+            num_bytes *= self._storage.element_bytes
+            if num_bytes:
+                sum_s = self._links.seconds(num_bytes, is_local=is_local)
+                link_s = max(link_s, end_s) + sum_s + 2 * (W - 1) * self._links.latency_s
+        return step_s + max(0.0, link_s - end_s)
 
-    def _crossing_bytes(
+    def _crossings(
         self, bounds: Sequence[int], setting: Setting
-    ) -> dict[tuple[int, str], float]:
-        """Bytes of one chunk that a stage's forward, and its backward, sends on."""
+    ) -> dict[tuple[int, str], "_Sent"]:
+        """What a stage's forward, and its backward, of one chunk sends on."""
         rows = self._chunk(setting)[0]
         found = {}
         cuts = crossings(self._layers, bounds=bounds, num_stages=setting.num_stages)
+        row_bytes = rows * self._storage.element_bytes
         for stage, cut in enumerate(cuts):
-            forward, backward = cut.carried_forward, cut.carried_backward
-            found[stage, "F"] = (cut.boundary + forward) * rows * self._storage.element_bytes
-            found[stage + 1, "B"] = (cut.boundary + backward) * rows * self._storage.element_bytes
+            sides = {(stage, "F"): cut.carried_forward, (stage + 1, "B"): cut.carried_backward}
+            for key, carried in sides.items():
+                # Carried tensors are as wide as the rows beside them, or nearly.
+                num_messages = 1 + round(carried / max(1, cut.boundary))
+                found[key] = _Sent(num_messages, (cut.boundary + carried) * row_bytes)
         return found
 
     def _comm_bytes(
@@ -312,6 +390,11 @@ def reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
     else:
         words = "too small for several ranks: messages would cost more than they save"
     return f"{words}; best of each: {', '.join(parts)}"
+
+
+def _before(action: Action) -> tuple[int, str]:
+    """The stage and kind of the action that sends an action its input."""
+    return action.stage_index + (-1 if action.kind == "F" else 1), action.kind
 
 
 def _of(bounds: Sequence[int], stage: int) -> range:

@@ -30,7 +30,7 @@ from partition import assign
 
 CHUNKS = (4, 8, 16, 32, 64)
 PROFILE_CHUNKS = (4, 24)
-PROFILE_LAYERS = 2
+PROFILE_LAYERS = 4
 MIRROR_CONSTANT = 0.26
 
 
@@ -58,12 +58,22 @@ GPU = Profile(
     },
     2e-11,
     "assumed: a GPU that gathers 0.8 TB/s at width 100 and needs 0.3 ms to start a layer",
+    0.0,
+    0.0,
 )
 """For what-if plans without a measured profile."""
 
 
-def profile_of(graph: Graph, config: Config) -> Profile:
-    """Measures a few layers of the configured model on this graph, on this machine."""
+def profile_of(
+    graph: Graph, config: Config, *, cuts: Sequence[ChunkedGraph] | None = None
+) -> Profile:
+    """Measures a few layers of the configured model on this graph, on this machine.
+
+    Args:
+        graph: the graph.
+        config: the run.
+        cuts: the graph in different numbers of chunks; None cuts it.
+    """
     short = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=PROFILE_LAYERS),
@@ -71,7 +81,8 @@ def profile_of(graph: Graph, config: Config) -> Profile:
             config.parallel, num_stages=1, virtual_stages=1, layers_per_stage=None
         ),
     )
-    cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
+    if cuts is None:
+        cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
     return measure(cuts, lambda: model_layers(short, graph))
 
 
@@ -123,7 +134,9 @@ def predict_all(
     return sorted(found, key=lambda p: p.epoch_s)
 
 
-def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Prediction:
+def auto_plan(
+    config: Config, graph: Graph, num_ranks: int, links: Links, *, cores: int | None = None
+) -> Prediction:
     """What ``parallel.plan: auto`` takes: exactly ``num_ranks`` ranks, chunks as configured."""
     layers = model_layers(config, graph)
     planner = Planner(
@@ -133,6 +146,7 @@ def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Pre
         links=links,
         storage=storage_of(config),
         steps=config.training.steps_per_epoch,
+        cores=cores,
     )
     count = config.partition.num_chunks
     possible = settings(
@@ -142,15 +156,15 @@ def auto_plan(config: Config, graph: Graph, num_ranks: int, links: Links) -> Pre
     return choose([planner.predict(setting) for setting in sorted(candidates)])
 
 
-def applied(config: Config, setting: Setting) -> Config:
-    """The configuration with a setting in place of a plan."""
+def applied(config: Config, setting: Setting, sizes: Sequence[int]) -> Config:
+    """The configuration with a setting in place of a plan, cut into stages as it was predicted."""
     parallel = dataclasses.replace(
         config.parallel,
         plan="manual",
         num_stages=setting.num_stages,
         num_ways=setting.num_ways,
         virtual_stages=setting.virtual_stages,
-        layers_per_stage=None,
+        layers_per_stage=tuple(sizes) if setting.num_stages > 1 else None,
     )
     partition = dataclasses.replace(config.partition, num_chunks=setting.num_chunks)
     return dataclasses.replace(config, parallel=parallel, partition=partition)
@@ -171,8 +185,25 @@ def _ways(graph: Graph, num_ways: int) -> WayShape:
     target = np.repeat(np.arange(graph.num_nodes), np.diff(graph.indptr))
     source = graph.indices.astype(np.int64)
     crosses = way[source] != way[target]
-    incoming = np.unique(way[target[crosses]] * graph.num_nodes + source[crosses]).size
-    outgoing = np.unique(way[source[crosses]] * graph.num_nodes + target[crosses]).size
+    incoming = np.unique(way[target[crosses]] * graph.num_nodes + source[crosses])
+    outgoing = np.unique(way[source[crosses]] * graph.num_nodes + target[crosses])
+    traffic = [
+        np.bincount(ends, minlength=num_ways)
+        for rows in (incoming, outgoing)
+        for ends in (rows // graph.num_nodes, way[rows % graph.num_nodes])  # receives, sends
+    ]
     reads_mirror = np.bincount(target[crosses], minlength=graph.num_nodes) > 0
     interior = 1.0 - float(reads_mirror[target].mean()) if target.size else 1.0
-    return WayShape(MirrorCounts(incoming, outgoing), interior)
+    counts = [np.bincount(ids, minlength=num_ways) for ids in (way, way[target])]
+    rows, edges = (own / max(1.0, own.mean()) for own in counts)
+    return WayShape(
+        MirrorCounts(incoming.size, outgoing.size),
+        interior,
+        max(_peak(counts) for counts in traffic),
+        tuple(zip(rows.tolist(), edges.tolist(), strict=True)),
+    )
+
+
+def _peak(counts: Any) -> float:
+    """The largest of some counts over their mean."""
+    return float(counts.max() / counts.mean()) if counts.sum() else 1.0

@@ -1,5 +1,6 @@
 """Measures what the planner needs to know of this machine: a few layers on a few chunks."""
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,11 +14,13 @@ from gnnpipe.assembly import Plan, build_engine
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import Comm, Groups
 from gnnpipe.costs import Line, Profile, role_of
+from gnnpipe.engine import Engine
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
-from gnnpipe.stage import Flow, LocalLayer
+from gnnpipe.stage import Flow, Stage
 
 NUM_ROUNDS = 3
+"""Counted ones."""
 
 Sample = tuple[float, float, float]
 """Rows, edges, seconds."""
@@ -40,70 +43,73 @@ def measure(graphs: Sequence[ChunkedGraph], layers: Callable[[], Sequence[Layer]
 
 
 def _run(graph: ChunkedGraph, layers: Sequence[Layer], samples: dict[str, list[Sample]]) -> float:
-    """Adds the quickest time of each (layer, chunk); returns the optimizer's per parameter."""
+    """Adds the middle time of each (layer, chunk); returns the optimizer's per parameter."""
     like = torch.empty(0)
     comm = Comm(Mesh(1, 1), 0, groups=Groups(), like=like, timeout_s=60.0)
+    count = len(layers)
+    # A stage for each layer, whose calls are timed: what the engine will call, from outside.
     plan = Plan(
-        seed=0, bounds=[0, len(layers)], virtual_stages=1, period=1, cross_chunk_gradient=2.0
+        seed=0,
+        bounds=range(count + 1),
+        virtual_stages=count,
+        period=1,
+        cross_chunk_gradient=2.0,
     )
     engine = build_engine(graph, layers, plan=plan, comm=comm, like=like)
-    stage = engine.stages[0]
-    clock = _Clock([local.layer for local in stage.layers])
-    parameters = list(stage.parameters)
+    stages = [engine.stages[index] for index in range(count)]
+    parameters = [parameter for stage in stages for parameter in stage.parameters]
     optimizer = torch.optim.Adam(parameters, foreach=False)
-    quickest: dict[tuple[int, str, int], float] = defaultdict(lambda: float("inf"))
+    found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
     step_s = float("inf")
-    for number in range(NUM_ROUNDS):
-        stage.start_epoch(number + 1)
-        gradients = []
-        for chunk in range(graph.num_chunks):
-            out = stage.forward(chunk, Flow(engine.inputs.features[chunk], {})).x
-            assert isinstance(out, torch.Tensor)
-            gradients.append(torch.ones_like(out))
-            clock.book(quickest, "F", chunk)
-        for chunk in reversed(range(graph.num_chunks)):
-            clock.start()
-            gradient = Flow(gradients.pop(), {})
-            stage.backward(chunk, gradient, layer_done=clock.layer_done)
-            clock.book(quickest, "B", chunk)
-        stage.end_epoch()
+    for number in range(1 + NUM_ROUNDS):
+        if number == 1:
+            found.clear()  # The first round compiles.
+        for stage in stages:
+            stage.start_epoch(number + 1)
+            stage.start_step()
+        _train(engine, stages, found)
+        for stage in stages:
+            stage.end_step()
+            stage.end_epoch()
         start_s = time.perf_counter()
         optimizer.step()
         step_s = min(step_s, time.perf_counter() - start_s)
-    for (index, kind, chunk), seconds in quickest.items():
+    for (index, kind, chunk), seconds in found.items():
         first, last = (int(graph.cell_ptr[c * graph.num_ways]) for c in (chunk, chunk + 1))
         edges = int(graph.indptr[last] - graph.indptr[first])
-        role = role_of(index, len(layers))
-        samples[f"{role} {kind}"].append((last - first, edges, seconds))
+        sample = (last - first, edges, statistics.median(seconds))
+        samples[f"{role_of(index, count)} {kind}"].append(sample)
     return step_s / max(1, sum(p.numel() for p in parameters))
 
 
-class _Clock:
-    """Times each layer's forward by hooks, its backward between two calls."""
+def _train(
+    engine: Engine, stages: Sequence[Stage], found: dict[tuple[int, str, int], list[float]]
+) -> None:
+    """One epoch, in which every call of a stage is timed."""
+    num_chunks = len(engine.inputs.targets)
+    gradients = []
+    for chunk in range(num_chunks):
+        flow = Flow(engine.inputs.features[chunk], {})
+        for index, stage in enumerate(stages):
+            start_s = time.perf_counter()
+            flow = stage.forward(chunk, flow)
+            if stage is stages[-1]:
+                gradients.append(_loss_gradient(engine, chunk, flow))
+            found[index, "F", chunk].append(time.perf_counter() - start_s)
+    for chunk in reversed(range(num_chunks)):
+        flow = Flow(gradients.pop(), {})
+        for index, stage in reversed(list(enumerate(stages))):
+            start_s = time.perf_counter()
+            flow = stage.backward(chunk, flow)
+            found[index, "B", chunk].append(time.perf_counter() - start_s)
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._times: list[tuple[int, float]] = []
-        self._start_s = 0.0
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda *_: self.start())
-            layer.register_forward_hook(lambda *_, index=index: self._stop(index))
 
-    def start(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def layer_done(self, local: LocalLayer) -> None:
-        self._stop(local.layer_index)
-
-    def book(self, quickest: dict[tuple[int, str, int], float], kind: str, chunk: int) -> None:
-        for index, seconds in self._times:
-            key = (index, kind, chunk)
-            quickest[key] = min(quickest[key], seconds)
-        self._times.clear()
-
-    def _stop(self, index: int) -> None:
-        now_s = time.perf_counter()
-        self._times.append((index, now_s - self._start_s))
-        self._start_s = now_s
+def _loss_gradient(engine: Engine, chunk: int, flow: Flow) -> torch.Tensor:
+    """What the engine does with the last layer's result."""
+    assert isinstance(flow.x, torch.Tensor)
+    targets = engine.inputs.targets[chunk]
+    labels, mask = targets.labels, targets.masks[0]
+    return engine.inputs.task.loss(flow.x, labels, mask, total=max(1.0, float(mask.sum())))[1]
 
 
 def _fit(samples: Sequence[Sample]) -> Line:

@@ -119,11 +119,13 @@ class Trainer:
             graph = self._graph or load_data(self.config)
             graph = training_part(graph) if self.config.data.inductive else graph
             links = Links(LOCAL_GBPS, LATENCY_US, LOCAL_GBPS, world.world_size)
-            best = auto_plan(self.config, graph, world.world_size, links)
+            cores = len(os.sched_getaffinity(0)) if world.device.type == "cpu" else None
+            best = auto_plan(self.config, graph, world.world_size, links, cores=cores)
             logger.info("planned %s", best.setting)
-            return json.dumps(best.setting)
+            return json.dumps([best.setting, best.sizes])
 
-        return applied(self.config, Setting(*json.loads(world.first("plan", plan))))
+        setting, sizes = json.loads(world.first("plan", plan))
+        return applied(self.config, Setting(*setting), sizes)
 
     def _model(self, chunked: ChunkedGraph) -> Sequence[Layer]:
         """The configured layers, or the user's own, which are tried and wrapped once."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from gnnpipe import plan_command
 from gnnpipe.cli import main
 from gnnpipe.config import load_config
-from gnnpipe.costs import Line, Links, Profile, load_profile, save_profile
+from gnnpipe.costs import MESSAGE_S, Line, Links, Profile, load_profile, save_profile
 from gnnpipe.datasets import load_graph
 from gnnpipe.errors import UserError
 from gnnpipe.memory import FeatureCounts
@@ -29,6 +29,7 @@ from gnnpipe.planning import (
     predict_all,
     shape_of,
 )
+from gnnpipe.shapes import num_parameters
 from gnnpipe.volume import MirrorCounts
 
 FAST = Links(1e9, 0.0, 1e9, 1000)
@@ -39,7 +40,7 @@ def per_row(seconds: float) -> Profile:
     none = Line(0.0, 0.0, 0.0)
     lines = {f"{role} {kind}": none for role in ("input", "output") for kind in "FB"}
     lines |= {"convolution F": Line(0.0, seconds, 0.0), "convolution B": Line(0, 2 * seconds, 0)}
-    return Profile(lines, 0.0, "made up")
+    return Profile(lines, 0.0, "made up", 0.0, 0.0)
 
 
 def planner(
@@ -94,6 +95,62 @@ def test_boundaries_follow_one_another_on_a_link() -> None:
     assert found.epoch_s > 2 * 4 * 10 * compute_s
 
 
+def test_work_on_messages_takes_time_on_both_sides() -> None:
+    free = per_row(1e-6)
+    dear = free._replace(post_s=1e-3, pack_s_per_byte=1e-9)
+    none, some = (planner(profile=p).predict(Setting(2, 1, 4, 1)) for p in (free, dear))
+    # Each rank sends, or takes, one message in each of its 8 actions.
+    busy = [sum(p.timeline.busy_s) for p in (none, some)]
+    assert busy[1] - busy[0] == pytest.approx(2 * 8 * 1e-3)
+    none, some = (
+        planner(profile=p, mirrors=1000).predict(Setting(1, 2, 1, 1)) for p in (free, dear)
+    )
+    # 8 layers, 2 directions: one message out and one in, 500 rows of 64 floats to collect.
+    packed_s = 16 * (2 * 1e-3 + 500 * 64 * 4 * 1e-9)
+    assert some.epoch_s - none.epoch_s == pytest.approx(packed_s, rel=1e-3)
+
+
+def test_ways_wait_for_the_slowest_and_the_busiest() -> None:
+    def uneven(num_ways: int) -> WayShape:
+        loads = ((0.5, 1.0), (1.5, 1.0)) if num_ways == 2 else ((1.0, 1.0),)
+        count = 1000 * (num_ways - 1)
+        return WayShape(MirrorCounts(count, count), 1.0, 2.0, loads)
+
+    made = planner(links=Links(1.0, 0.0, 1.0, 1), mirrors=1000)
+    even = made.predict(Setting(1, 2, 1, 1))
+    made._graph = made._graph._replace(ways=uneven)
+    made._ways.clear()
+    found = made.predict(Setting(1, 2, 1, 1))
+    halo_s = 16 * 500 * 64 * 4 * 8e-9
+    assert found.epoch_s - even.epoch_s == pytest.approx(0.5 * 8 * 3e-3 / 2 + halo_s, rel=1e-3)
+
+
+def test_a_sum_that_comes_last_is_hidden_by_nothing() -> None:
+    slow = planner(links=Links(1e-3, 0.0, 1e-3, 1))
+    found = slow.predict(Setting(1, 2, 1, 1))
+    # All weights travel once, half of them each way; the first layer's come last.
+    sums_s = num_parameters(slow._layers) * 4 * 8e-6
+    first_s = num_parameters(slow._layers[:1]) * 4 * 8e-6
+    assert first_s < found.epoch_s - 8 * 3e-3 / 2 < sums_s
+    assert slow.predict(Setting(2, 1, 4, 1)).comm_bytes["gradient"] == 0
+
+
+def test_ranks_that_share_cores_do_not_compute_at_once() -> None:
+    made = planner()
+    alone = made.predict(Setting(1, 1, 1, 1))
+    shared = Planner(
+        made._layers,
+        made._graph,
+        profile=per_row(1e-6),
+        links=Links(1e9, 0.0, 1e9, 4),
+        cores=2,
+    )
+    for setting in (Setting(1, 4, 1, 1), Setting(4, 1, 8, 1)):
+        assert shared.predict(setting).epoch_s == pytest.approx(alone.epoch_s / 2)
+    assert shared.predict(Setting(1, 2, 1, 1)).epoch_s == pytest.approx(alone.epoch_s / 2)
+    assert shared.predict(Setting(1, 1, 1, 1)).epoch_s == pytest.approx(alone.epoch_s)
+
+
 def test_choice_is_the_quickest_then_the_simplest() -> None:
     made = planner()
     found = [made.predict(s) for s in settings(4, num_layers=10, chunks=[8], num_nodes=1000)]
@@ -137,6 +194,10 @@ def test_memory_limits_the_choice() -> None:
 def test_profiles_survive_a_file(tmp_path: Path) -> None:
     save_profile(per_row(1e-6), tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == per_row(1e-6)
+    older = json.loads((tmp_path / "profile.json").read_text())
+    del older["post_s"], older["pack_s_per_byte"]
+    (tmp_path / "profile.json").write_text(json.dumps(older))
+    assert load_profile(tmp_path / "profile.json").post_s == MESSAGE_S
 
 
 @pytest.mark.parametrize(
@@ -156,6 +217,8 @@ def test_mirrors_of_a_real_graph_are_counted() -> None:
     two = shape.ways(2)
     assert 0 < two.mirrors.incoming == two.mirrors.outgoing < graph.num_nodes
     assert 0.0 < two.interior_share < 1.0
+    assert two.busiest >= 1.0
+    assert [sum(column) for column in zip(*two.loads, strict=True)] == pytest.approx([2.0, 2.0])
 
 
 def test_assumed_mirrors_grow_with_ways_up_to_a_limit() -> None:
@@ -310,5 +373,7 @@ def test_plan_auto_trains_with_what_it_chose(tmp_path: Path) -> None:
 
 def test_applied_settings_replace_the_plan() -> None:
     config = load_config(None, ["parallel.plan=auto"])
-    after = applied(config, Setting(2, 3, 8, 1))
+    after = applied(config, Setting(2, 3, 8, 1), [10, 24])
     assert (after.parallel.plan, after.world_size, after.partition.num_chunks) == ("manual", 6, 8)
+    assert after.parallel.layers_per_stage == (10, 24)
+    assert applied(config, Setting(1, 3, 8, 1), [34]).parallel.layers_per_stage is None
