@@ -4,7 +4,9 @@ Each rank has a namespace of its own with one interface, ``eth0``. All are ports
 
     rank 0 [eth0] --- tbf --- [bridge] --- tbf --- [eth0] rank 1
 
-``tc``'s token bucket limits what leaves each end, so both directions of a rank have the speed.
+``tc``'s token bucket limits what leaves each end, so both directions of a rank have the speed,
+which is that of payload: the headers of full TCP segments come on top. Queues hold all that
+senders can have under way, so nothing is lost and sent again.
 """
 
 import os
@@ -13,7 +15,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HUB = "gnnpipe-hub"
+HEADERS = 1514 / 1448
+"""Bytes on the wire for each byte of payload."""
+
+QUEUE_BYTES = 64_000_000
 
 
 def why_not() -> str | None:
@@ -34,17 +39,17 @@ def shaped_links(num_ranks: int, mbit: float) -> Iterator[list[str]]:
         num_ranks: namespaces.
         mbit: speed of each link and direction, Mbit/s.
     """
-    names = [f"gnnpipe-r{rank}" for rank in range(num_ranks)]
-    _remove([HUB, *names])
+    hub = f"gnnpipe-{os.getpid()}-hub"
+    names = [f"gnnpipe-{os.getpid()}-r{rank}" for rank in range(num_ranks)]
     try:
-        _ip("netns", "add", HUB)
-        _ip("-n", HUB, "link", "add", "hub", "type", "bridge")
-        _ip("-n", HUB, "link", "set", "hub", "up")
+        _ip("netns", "add", hub)
+        _ip("-n", hub, "link", "add", "hub", "type", "bridge")
+        _ip("-n", hub, "link", "set", "hub", "up")
         for rank, name in enumerate(names):
-            _join(rank, name, mbit)
+            _join(hub, rank, name, mbit)
         yield names
     finally:
-        _remove([HUB, *names])
+        _remove([hub, *names])
 
 
 def inside(namespace: str, command: list[str]) -> list[str]:
@@ -52,20 +57,21 @@ def inside(namespace: str, command: list[str]) -> list[str]:
     return ["ip", "netns", "exec", namespace, *command]
 
 
-def _join(rank: int, name: str, mbit: float) -> None:
+def _join(hub: str, rank: int, name: str, mbit: float) -> None:
     """Makes one namespace and ties it to the bridge."""
     port = f"port{rank}"
     _ip("netns", "add", name)
     pair = ["link", "add", "eth0", "netns", name, "type", "veth"]
-    _ip(*pair, "peer", "name", port, "netns", HUB)
+    _ip(*pair, "peer", "name", port, "netns", hub)
     _ip("-n", name, "addr", "add", f"10.213.0.{rank + 1}/24", "dev", "eth0")
     for device in ("lo", "eth0"):
         _ip("-n", name, "link", "set", device, "up")
-    _ip("-n", HUB, "link", "set", port, "master", "hub", "up")
-    for namespace, device in ((name, "eth0"), (HUB, port)):
-        # 2 ms of traffic may leave at once; 100 ms may queue.
-        burst = max(32_000, int(mbit * 1e6 / 8 * 0.002))
-        limits = ["rate", f"{mbit}mbit", "burst", str(burst), "latency", "100ms"]
+    _ip("-n", hub, "link", "set", port, "master", "hub", "up")
+    bits_s = mbit * 1e6 * HEADERS
+    for namespace, device in ((name, "eth0"), (hub, port)):
+        # 1 ms of traffic may leave at once, and no less than one large segment.
+        burst = max(70_000, int(bits_s / 8 * 0.001))
+        limits = ["rate", f"{bits_s:.0f}bit", "burst", str(burst), "limit", str(QUEUE_BYTES)]
         tbf = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *limits]
         subprocess.run(tbf, check=True)
 

@@ -3,21 +3,89 @@
 With more ranks than cores, wall time would measure the operating system's scheduler. Each layer's
 single-threaded time is measured alone beforehand; here it is slept. Tables, halo exchanges, the
 order of actions and every message are the engine's own; only the numbers are zeros.
+
+The emulated time runs K times slower than the clock (time dilation: Gupta et al., "To Infinity
+and Beyond: Time-Warped Network Emulation", NSDI 2006). Sleeps are K times as long and links have
+a K-th of their speed, so what the ranks really do on the cores they share weighs a K-th. What a
+host of their own would spend on a message, they sleep as they do a layer's time.
 """
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gnnpipe.comm import Comm
-from gnnpipe.costs import Profile, role_of
+from gnnpipe.comm import Comm, Kind, Pending
+from gnnpipe.costs import Line, Profile, role_of
+from gnnpipe.messages import Message
 from gnnpipe.stage import Flow, LocalLayer, Stage
 
 SHORTEST_S = 5e-4
 """Shorter sleeps are saved up until a message has to wait for them."""
+
+
+class Sleeper:
+    """Lets emulated time pass.
+
+    Args:
+        dilation: seconds of the clock for one emulated second.
+    """
+
+    def __init__(self, dilation: float) -> None:
+        self.dilation = dilation
+        self._owed_s = 0.0
+
+    def spend(self, seconds: float) -> None:
+        """Passes emulated seconds, now or with the next ones."""
+        self._owed_s += seconds * self.dilation
+        if self._owed_s > SHORTEST_S:
+            self.settle()
+
+    def stretch(self, seconds: float) -> None:
+        """Makes work that takes so long by the clock take as long in emulated time."""
+        self.spend(seconds * (1.0 - 1.0 / self.dilation))
+
+    def settle(self) -> None:
+        """Sleeps what is owed; what a sleep overshoots is taken off the next."""
+        if self._owed_s <= 0:
+            return
+        start_s = time.perf_counter()
+        time.sleep(self._owed_s)
+        self._owed_s -= time.perf_counter() - start_s
+
+
+class SleptComm(Comm):
+    """Messages whose work for the sender and the receiver takes emulated time."""
+
+    sleeper: Sleeper
+    profile: Profile
+
+    def send(self, tensor: Tensor, message: Message) -> None:
+        """A message leaves when the work on it is done."""
+        self._work(1, 0)
+        super().send(tensor, message)
+
+    def receive(self, message: Message) -> Pending:
+        """Posting and taking it is work too."""
+        self._work(1, 0)
+        return super().receive(message)
+
+    def trade(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        kind: Kind,
+    ) -> Callable[[], None]:
+        """Rows for other ways are collected first."""
+        counts = [payload.nbytes for _, payload in sends] + [0] * len(receives)
+        self._work(len(counts), sum(counts))
+        return super().trade(sends, receives, kind)
+
+    def _work(self, num_messages: int, packed_bytes: int) -> None:
+        self.sleeper.stretch(self.profile.message_s(num_messages, packed_bytes))
+        self.sleeper.settle()
 
 
 class Shape(NamedTuple):
@@ -34,17 +102,23 @@ class SleptStage:
         stage: the real one, for its layers, tables and exchanges.
         comm: messages.
         shape: durations.
+        sleeper: lets them pass.
     """
 
-    def __init__(self, stage: Stage, comm: Comm, shape: Shape) -> None:
+    def __init__(self, stage: Stage, comm: Comm, shape: Shape, sleeper: Sleeper) -> None:
         self.layers = stage.layers
         self.tables = stage.tables
         self._comm = comm
         self._shape = shape
-        self._owed_s = 0.0
+        self._sleeper = sleeper
         for local in self.layers:
             for parameter in local.layer.parameters():
                 parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def parameters(self) -> Any:
+        """As a stage's."""
+        return (p for local in self.layers for p in local.layer.parameters())
 
     def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Nothing to prepare."""
@@ -55,7 +129,7 @@ class SleptStage:
     def end_step(self, *, has_backward: bool = True) -> None:
         """Sleeps what is left."""
         assert has_backward
-        self._settle()
+        self._sleeper.settle()
 
     def end_epoch(self) -> None:
         """Nothing to keep."""
@@ -68,7 +142,7 @@ class SleptStage:
             num_rows = self._layer(local, chunk_index, "F")
             for name in local.layer.writes:
                 carried[name] = torch.zeros(num_rows, local.layer.carried_channels(name))
-        self._settle()
+        self._sleeper.settle()
         return Flow(torch.zeros(num_rows, self.layers[-1].layer.out_channels), carried)
 
     def backward(
@@ -88,60 +162,53 @@ class SleptStage:
             for name in local.layer.writes:
                 carried.pop(name, None)
             if layer_done is not None:
-                self._settle()
+                self._sleeper.settle()
                 layer_done(local)
-        self._settle()
+        self._sleeper.settle()
         first = self.layers[0]
         width = first.layer.in_channels if first.layer_index else 0
         return Flow(torch.zeros(num_rows, width), carried)
 
     def _layer(self, local: LocalLayer, chunk_index: int, kind: str) -> int:
         """One layer's time and halo; returns the chunk's rows."""
-        cell, table = local.cells.chunks[chunk_index], local.table
+        cell, table, sleeper = local.cells.chunks[chunk_index], local.table, self._sleeper
         num_rows = cell.rows.stop - cell.rows.start
         role = role_of(local.layer_index, self._shape.num_layers)
         line = self._shape.profile.lines[f"{role} {kind}"]
-        num_edges = _num_edges(cell.forward, cell.edges)
+        block = cell.forward if kind == "F" else cell.backward
+        num_edges = _num_edges(block, cell.edges)
         total_s = line.seconds(num_rows, num_edges)
         if table is None:
-            self._sleep(total_s)
+            sleeper.spend(total_s)
             return num_rows
-        halves = cell.forward_halves if kind == "F" else cell.backward_halves
-        interior = 1.0 if halves.interior is None else halves.interior.numel() / max(1, num_rows)
-        hidden_s = line.per_edge_s * num_edges * interior
         if kind == "B" and cell.forward is None:  # a gather sends gradients back, unhidden
-            self._sleep(total_s)
-            self._settle()
+            sleeper.spend(total_s)
+            sleeper.settle()
             self._comm.push(table.gradients, cell.in_exchanges)
             return num_rows
-        self._settle()
+        halves = cell.forward_halves if kind == "F" else cell.backward_halves
+        hidden_s = _interior_s(line, block, halves.interior) if block is not None else 0.0
+        sleeper.settle()
         values = table.values if kind == "F" else table.gradients
         exchanges = cell.in_exchanges if kind == "F" else cell.out_exchanges
         wait = self._comm.pull(values, exchanges)
         if exchanges:
-            self._sleep(hidden_s)
-            self._settle()
+            sleeper.spend(hidden_s)
+            sleeper.settle()
             total_s -= hidden_s
         wait()
-        self._sleep(total_s)
+        sleeper.spend(total_s)
         return num_rows
 
-    def _sleep(self, seconds: float) -> None:
-        self._owed_s += seconds
-        if self._owed_s > SHORTEST_S:
-            self._settle()
 
-    def _settle(self) -> None:
-        """Sleeps what is owed; what a sleep overshoots is taken off the next."""
-        if self._owed_s <= 0:
-            return
-        start_s = time.perf_counter()
-        time.sleep(self._owed_s)
-        self._owed_s -= time.perf_counter() - start_s
+def _interior_s(line: Line, block: Any, interior: Tensor | None) -> float:
+    """What the engine has to do while a halo is on its way: the edges of rows that need none."""
+    if interior is None:
+        return line.per_edge_s * _num_edges(block, None)
+    return line.per_edge_s * int(block.indptr.diff()[interior].sum())
 
 
-def _num_edges(block: object, edges: object) -> int:
+def _num_edges(block: Any, edges: Any) -> int:
     if block is not None:
-        indptr: Tensor = block.indptr  # type: ignore[attr-defined]
-        return int(indptr[-1] - indptr[0])
-    return 0 if edges is None else int(edges.edge_index.shape[1])  # type: ignore[attr-defined]
+        return int(block.indptr[-1] - block.indptr[0])
+    return 0 if edges is None else int(edges.edge_index.shape[1])
