@@ -170,6 +170,7 @@ def serve(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # As a run does; to the peers' advantage as well.
     graph = load(options)
     base = status_mib("VmRSS")
     step = (ours if options.row.startswith("gnnpipe") else peer)(graph, options)

@@ -157,6 +157,19 @@ class FullGraphView:
         total = x_src.new_zeros((num_rows, x_src.shape[1]))
         return total.index_add(0, target, messages.flatten(1))
 
+    def largest(self, x_src: Tensor) -> Tensor:
+        """Edges are sorted by source within a target, so the first of equal values is chosen."""
+        source, target = self._full.edge_index(self._operator)
+        size = (self._full.num_nodes, x_src.shape[1])
+        index = target.unsqueeze(1).expand(-1, size[1])
+        rows, place = x_src.detach()[source], torch.arange(source.numel()).unsqueeze(1)
+        top = rows.new_full(size, -torch.inf).scatter_reduce(0, index, rows, "amax")
+        place = torch.where(rows == top[target], place.to(source), source.numel())
+        edge = torch.full(size, source.numel()).to(source).scatter_reduce(0, index, place, "amin")
+        nobody = x_src.new_zeros((1, size[1]))
+        sender = torch.cat((source, source.new_tensor([len(x_src)])))[edge]
+        return torch.cat((x_src, nobody)).gather(0, sender)
+
     def edge_values(self, name: EdgeValue) -> Tensor | None:
         """What the edges of ``gather`` have."""
         return self._full.edge_values(self._operator, name)

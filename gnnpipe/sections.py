@@ -27,9 +27,13 @@ ModelName = Literal[
 
 NormName = Literal["none", "layer", "batch", "graph"]
 
-MODEL_OPTIONS: Mapping[str, Mapping[str, float | int | bool | NormName]] = {
+AggregatorName = Literal["mean", "max"]
+
+Option = float | int | bool | NormName | AggregatorName
+
+MODEL_OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "gcn": {"norm": "none"},
-    "sage": {"norm": "none"},
+    "sage": {"aggregator": "mean", "norm": "none"},
     "gin": {"train_eps": False, "norm": "none"},
     "gat": {"heads": 8, "norm": "none"},
     "gcnii": {"alpha": 0.1, "theta": 0.5, "norm": "none"},
@@ -134,6 +138,8 @@ class ModelConfig:
     """gat, transformer (8): attention heads; must divide hidden_channels."""
     train_eps: bool | None = None
     """gin (false): learn the weight of a node's own row."""
+    aggregator: AggregatorName | None = None
+    """sage (mean): what a node takes from its neighbours, column by column."""
     norm: NormName | None = None
     """Before the ReLU of gcn, sage, gin, gat, gcnii, jknet (none) and of the residual blocks of
     resgcn+, deepergcn, transformer, revgnn (layer): of each row, or of columns over all nodes."""
@@ -150,7 +156,7 @@ class ModelConfig:
         require(self.hidden_channels % (self.heads or 1) == 0, "model.heads", self.heads, rule)
 
     @property
-    def options(self) -> dict[str, float | int | bool | NormName]:
+    def options(self) -> dict[str, Option]:
         """The options of this very model, by name."""
         return {key: getattr(self, key) for key in MODEL_OPTIONS[self.name]}
 

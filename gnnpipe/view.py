@@ -13,6 +13,7 @@ from gnnpipe.kernels import (
     dropout_edges,
     dropout_rows,
     dropped_rows,
+    largest,
     relu,
 )
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Rows
@@ -102,6 +103,11 @@ class View:
         ids = (edges.source_id, edges.target_id)
         drop = None if key is None or p == 0.0 else EdgeDrop(*ids, p, key)
         return attend(x_src, *logits, order=edges.order, slope=NEGATIVE_SLOPE, drop=drop)
+
+    def largest(self, x_src: Tensor) -> Tensor:
+        edges = self._cell.edges
+        assert edges is not None
+        return largest(x_src, order=edges.order, source_id=edges.source_id)
 
     def edge_dropout(self, alpha: Tensor, p: float) -> Tensor:
         key = self._next_key()

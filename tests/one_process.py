@@ -45,6 +45,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "dropout": 0.5,
             "dtype": "float64",
             "norm": None,
+            "aggregator": None,
         },
         "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
         "kernels": {"backend": "auto"},

@@ -269,6 +269,7 @@ def configs(draw: st.DrawFn) -> Config:
         "heads": literals(1, 2, 4),
         "train_eps": st.booleans(),
         "norm": literals("none", "layer", "batch", "graph"),
+        "aggregator": literals("mean", "max"),
     }
     split = draw(st.none() | st.lists(st.integers(1, 5), min_size=3, max_size=6))
     num_layers = sum(split) - 2 if split else draw(st.integers(1, 100))

@@ -102,6 +102,9 @@ CASES = {
     "gcn narrowing": Case(lambda: GCNLayer(6, 4), lambda: pyg.GCNConv(6, 4), reads_weight=True),
     "gcn widening": Case(lambda: GCNLayer(4, 6), lambda: pyg.GCNConv(4, 6), reads_weight=True),
     "sage": Case(lambda: SAGELayer(6, 4), lambda: pyg.SAGEConv(6, 4)),
+    "sage max": Case(
+        lambda: SAGELayer(6, 4, aggregator="max"), lambda: pyg.SAGEConv(6, 4, aggr="max")
+    ),
     "gin": Case(lambda: GINLayer(6, 4), lambda: pyg.GINConv(mlp(6, 4)), GIN_NAMES),
     "gin eps": Case(
         lambda: GINLayer(6, 4, train_eps=True),

@@ -18,6 +18,7 @@ CASES = {
     "int8": [*WAYS, *(f"comm.{kind}=int8" for kind in ("boundary", "halo", "gradient"))],
     # The first snapshot is of the warm start, whose messages are exact.
     "bf16": [*WAYS, "comm.halo=bf16", "history.period=3"],
+    "max": [*WAYS, "model.name=sage", "model.aggregator=max", "comm.halo=bf16"],
 }
 
 

@@ -5,6 +5,7 @@ numba on CPU; torch.sparse elsewhere and as the oracle of the tests.
 
 from gnnpipe.kernels.attention import EdgeDrop, EdgeOrder, attend
 from gnnpipe.kernels.dropout import drop_rows, dropout_edges, dropout_rows, dropped_rows
+from gnnpipe.kernels.largest import largest
 from gnnpipe.kernels.product import HalfProducts, half_products_gain, multiply
 from gnnpipe.kernels.rectify import keep_where, rectify, relu
 from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear, prepare
@@ -23,6 +24,7 @@ __all__ = [
     "dropped_rows",
     "half_products_gain",
     "keep_where",
+    "largest",
     "linear",
     "multiply",
     "prepare",

@@ -35,20 +35,21 @@ class EdgeOrder:
     ) -> None:
         self.edge_index = edge_index
         self.backend = backend_for(edge_index.device, backend)
-        self._sizes = num_sources, num_targets
+        self.num_targets = num_targets
+        self._num_sources = num_sources
 
     @cached_property
     def by_target(self) -> tuple[Array, Array]:
         """Offsets of each target's edges, int64, and the sources, int32."""
         source, target = self.edge_index.numpy()
-        return _offsets(target, self._sizes[1]), source.astype(np.int32)
+        return _offsets(target, self.num_targets), source.astype(np.int32)
 
     @cached_property
     def by_source(self) -> tuple[Array, Array, Array]:
         """Offsets of each source's edges, their targets and their places, both int32."""
         source, target = self.edge_index.numpy()
         order = np.argsort(source, kind="stable")
-        offsets = _offsets(source, self._sizes[0])
+        offsets = _offsets(source, self._num_sources)
         return offsets, target[order].astype(np.int32), order.astype(np.int32)
 
 

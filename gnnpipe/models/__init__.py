@@ -5,7 +5,7 @@ of them the rows are ``hidden_channels`` wide, beside what the layers carry.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from gnnpipe.models.resgcn import ResGCNLayer, ResGCNOutputLayer
 from gnnpipe.models.reversible import ReversibleLayer
 from gnnpipe.models.sage import SAGELayer
 from gnnpipe.models.zoo import decoupled_layers, deepergcn_layer, transformer_layer
-from gnnpipe.sections import MODEL_OPTIONS, NormName
+from gnnpipe.sections import MODEL_OPTIONS, NormName, Option
 
 __all__ = ["GraphView", "Layer", "build_layers", "end_widths"]
 
@@ -43,7 +43,7 @@ def build_layers(
     out_channels: int,
     num_layers: int,
     dropout: float,
-    options: Mapping[str, float | NormName],
+    options: Mapping[str, Option],
     row_entries: float | None = None,
 ) -> list[Layer]:
     """Builds a model, with weights drawn from torch's global generator.
@@ -65,7 +65,8 @@ def build_layers(
     Raises:
         UserError: an unknown model or option, or heads that do not divide the width.
     """
-    chosen, norm = _choose(name, options)
+    chosen = _choose(name, options)
+    norm = chosen.get("norm", "none")
     writes = ("h0",) if name == "gcnii" else ()
     first = InputLayer(
         in_channels, hidden_channels, dropout=dropout, writes=writes, row_entries=row_entries
@@ -107,10 +108,8 @@ def end_widths(name: str, num_layers: int, tensors: Mapping[str, Tensor]) -> tup
     return tensors[ends[0]].shape[1], tensors[ends[1]].shape[0]
 
 
-def _choose(
-    name: str, options: Mapping[str, float | NormName]
-) -> tuple[dict[str, float], NormName]:
-    """The model's own numbers and its norm."""
+def _choose(name: str, options: Mapping[str, Option]) -> dict[str, Any]:
+    """All of the model's own options."""
     if name not in MODEL_OPTIONS:
         raise UserError(
             f"`model.name` (={name}) is unknown; choose from {', '.join(MODEL_OPTIONS)}"
@@ -119,14 +118,7 @@ def _choose(
         if key not in MODEL_OPTIONS[name]:
             known = ", ".join(MODEL_OPTIONS[name]) or "none"
             raise UserError(f"`model.{key}` is no option of {name}; its options: {known}")
-    numbers: dict[str, float] = {}
-    norm: NormName = "none"
-    for key, value in {**MODEL_OPTIONS[name], **options}.items():
-        if isinstance(value, str):
-            norm = value
-        else:
-            numbers[key] = value
-    return numbers, norm
+    return {**MODEL_OPTIONS[name], **options}
 
 
 class _Convolutions(NamedTuple):
@@ -135,7 +127,7 @@ class _Convolutions(NamedTuple):
     name: str
     channels: int
     dropout: float
-    options: Mapping[str, float]
+    options: Mapping[str, Any]  # of their own types
     norm: NormName
 
     def layer(self, layer_index: int) -> Layer:
@@ -153,7 +145,8 @@ class _Convolutions(NamedTuple):
             case "gcn":
                 return GCNLayer(channels, channels, dropout=dropout)
             case "sage":
-                return SAGELayer(channels, channels, dropout=dropout)
+                aggregator = options["aggregator"]
+                return SAGELayer(channels, channels, dropout=dropout, aggregator=aggregator)
             case "gin":
                 train_eps = bool(options["train_eps"])
                 return GINLayer(channels, channels, dropout=dropout, train_eps=train_eps)

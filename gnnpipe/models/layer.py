@@ -95,6 +95,18 @@ class GraphView(Protocol):
         """
         ...
 
+    def largest(self, x_src: Tensor) -> Tensor:
+        """The largest of the rows of ``gather`` that each row's edges read, column by column.
+
+        Args:
+            x_src: rows of the sources, ``[num_src, F]``.
+
+        Returns:
+            ``[num_rows, F]``; 0 where a row has no edges. Of equal values the one of the smallest
+            original node id gets the gradient.
+        """
+        ...
+
     def edge_values(self, name: EdgeValue) -> Tensor | None:
         """Values on the edges of ``gather``, in its order; None where the graph has none.
 

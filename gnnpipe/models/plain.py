@@ -117,7 +117,8 @@ def _gcn(channels: int, options: Options) -> nn.Module:
 def _sage(channels: int, options: Options) -> nn.Module:
     from torch_geometric.nn import SAGEConv
 
-    return SAGEConv(channels, channels)  # type: ignore[no-any-return]
+    aggregator = options.get("aggregator", "mean")
+    return SAGEConv(channels, channels, aggr=aggregator)  # type: ignore[no-any-return]
 
 
 def _gin(channels: int, options: Options) -> nn.Module:

@@ -113,6 +113,10 @@ class _Block:
         """A block layer does its own."""
         raise AssertionError
 
+    def largest(self, x_src: Tensor) -> Tensor:
+        """A block layer does its own."""
+        raise AssertionError
+
     def carry(self, name: str, value: Tensor) -> None:
         """A block layer carries nothing."""
         raise AssertionError
