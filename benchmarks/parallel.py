@@ -242,7 +242,7 @@ def _graph(name: str) -> tuple[Graph, GraphShape]:
     features = "surrogate" if name == "ogbn_arxiv" else "auto"
     graph = load_graph(str(DATA / f"{name}.npz"), features=features)
     shape = shape_of(graph)
-    return graph, shape._replace(ways=cache(shape.ways))
+    return graph, shape._replace(ways=cache(shape.ways), chunks=cache(shape.chunks))
 
 
 def _lines(results: Path) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ class Emulation:
                 slept = SleptStage(stage, self._comm, shape, sleeper)
                 self._engine.stages[index] = slept  # type: ignore[assignment]
             step_s = profile.step_s_per_parameter * sum(p.numel() for p in parameters)
-            self._step = lambda: (sleeper.spend(step_s), sleeper.settle())
+            self._step = lambda: sleeper.sleep(step_s)
         self._reports = Reports(self._comm)
         self._epochs: list[dict[str, float]] = []
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gnnpipe.cell import Edges
 from gnnpipe.comm import Comm, Kind, Pending
 from gnnpipe.costs import Line, Profile, role_of
+from gnnpipe.kernels import RowBlock
 from gnnpipe.messages import Message
 from gnnpipe.stage import Flow, LocalLayer, Stage
 
@@ -42,6 +44,11 @@ class Sleeper:
         self._owed_s += seconds * self.dilation
         if self._owed_s > SHORTEST_S:
             self.settle()
+
+    def sleep(self, seconds: float) -> None:
+        """Passes emulated seconds now, with what is owed."""
+        self.spend(seconds)
+        self.settle()
 
     def stretch(self, seconds: float) -> None:
         """Makes work that takes so long by the clock take as long in emulated time."""
@@ -172,7 +179,7 @@ class SleptStage:
     def _layer(self, local: LocalLayer, chunk_index: int, kind: str) -> int:
         """One layer's time and halo; returns the chunk's rows."""
         cell, table, sleeper = local.cells.chunks[chunk_index], local.table, self._sleeper
-        num_rows = cell.rows.stop - cell.rows.start
+        num_rows: int = cell.rows.stop - cell.rows.start
         role = role_of(local.layer_index, self._shape.num_layers)
         line = self._shape.profile.lines[f"{role} {kind}"]
         block = cell.forward if kind == "F" else cell.backward
@@ -201,14 +208,14 @@ class SleptStage:
         return num_rows
 
 
-def _interior_s(line: Line, block: Any, interior: Tensor | None) -> float:
+def _interior_s(line: Line, block: RowBlock, interior: Tensor | None) -> float:
     """What the engine has to do while a halo is on its way: the edges of rows that need none."""
     if interior is None:
         return line.per_edge_s * _num_edges(block, None)
     return line.per_edge_s * int(block.indptr.diff()[interior].sum())
 
 
-def _num_edges(block: Any, edges: Any) -> int:
+def _num_edges(block: RowBlock | None, edges: Edges | None) -> int:
     if block is not None:
         return int(block.indptr[-1] - block.indptr[0])
     return 0 if edges is None else int(edges.edge_index.shape[1])

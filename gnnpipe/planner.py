@@ -53,6 +53,11 @@ class WayShape(NamedTuple):
     """Rows and edges of each way, over the mean way's: the others wait for the slowest."""
 
 
+def alike(num_chunks: int) -> list[tuple[float, float]]:
+    """Chunks of equal rows and edges."""
+    return [(1.0, 1.0)] * num_chunks
+
+
 class GraphShape(NamedTuple):
     """The counts that costs depend on."""
 
@@ -61,6 +66,8 @@ class GraphShape(NamedTuple):
     features: FeatureCounts
     is_symmetric: bool
     ways: Callable[[int], WayShape]
+    chunks: Callable[[int], Sequence[tuple[float, float]]] = alike
+    """Rows and edges of each chunk, over the mean chunk's; a pipeline waits for the largest."""
 
 
 class Prediction(NamedTuple):
@@ -118,6 +125,7 @@ class Planner:
         self._storage = storage
         self._steps = steps
         self._ways: dict[int, WayShape] = {}
+        self._loads: dict[int, Sequence[tuple[float, float]]] = {}
 
     def predict(self, setting: Setting) -> Prediction:
         """Simulates one epoch."""
@@ -162,6 +170,8 @@ class Planner:
             for stage in range(len(bounds) - 1)
             for kind in "FB"
         }
+        loads = self._chunk_loads(setting)
+        uneven = {key: self._uneven_s(_of(bounds, key[0]), key[1], setting) for key in spent}
         crossing = self._crossings(bounds, setting)
         is_local = self._links.ranks_per_host >= setting.num_ranks
 
@@ -169,11 +179,15 @@ class Planner:
             # What comes in has the key of the stage that sends it.
             keys = (_before(action), action[:2])
             count = sum(crossing[key].num_messages for key in keys if key in crossing)
-            return spent[action.stage_index, action.kind] + self._profile.message_s(count)
+            more, denser = loads[action.chunk_index]
+            rows_s, edges_s = uneven[action[:2]]
+            uneven_s = (more - 1.0) * rows_s + (denser - 1.0) * edges_s
+            return spent[action[:2]] + uneven_s + self._profile.message_s(count)
 
         def occupancy(action: Action) -> float:
             sent = crossing.get(action[:2])
-            return self._links.seconds(sent.num_bytes if sent else 0.0, is_local=is_local)
+            num_bytes = sent.num_bytes * loads[action.chunk_index][0] if sent else 0.0
+            return self._links.seconds(num_bytes, is_local=is_local)
 
         return simulate(
             fill_drain(
@@ -184,6 +198,20 @@ class Planner:
             occupancy=occupancy,
             steps=steps,
         )
+
+    def _chunk_loads(self, setting: Setting) -> Sequence[tuple[float, float]]:
+        """What each chunk has of rows and edges; alike where there are ways, or no pipeline."""
+        C, is_pipeline = setting.num_chunks, setting.num_ways == 1 < setting.num_stages
+        if C not in self._loads and is_pipeline:
+            self._loads[C] = self._graph.chunks(C)
+        return self._loads[C] if is_pipeline else alike(C)
+
+    def _uneven_s(self, layers: range, kind: str, setting: Setting) -> tuple[float, float]:
+        """What of some layers' time on a mean chunk is due to its rows, and to its edges."""
+        rows, edges = self._chunk(setting)
+        lines = [self._profile.lines[f"{role_of(i, len(self._layers))} {kind}"] for i in layers]
+        rows_s = rows * sum(line.per_row_s for line in lines)
+        return rows_s, edges * sum(line.per_edge_s for line in lines)
 
     def _core_share(self, setting: Setting) -> float:
         """Cores for each rank of the fullest host, at most 1."""

@@ -96,6 +96,7 @@ def shape_of(graph: Graph) -> GraphShape:
         FeatureCounts(graph.num_features, entries),
         not graph.is_directed,
         lambda num_ways: _ways(graph, num_ways),
+        lambda num_chunks: _chunk_loads(graph, num_chunks),
     )
 
 
@@ -194,14 +195,31 @@ def _ways(graph: Graph, num_ways: int) -> WayShape:
     ]
     reads_mirror = np.bincount(target[crosses], minlength=graph.num_nodes) > 0
     interior = 1.0 - float(reads_mirror[target].mean()) if target.size else 1.0
-    counts = [np.bincount(ids, minlength=num_ways) for ids in (way, way[target])]
-    rows, edges = (own / max(1.0, own.mean()) for own in counts)
     return WayShape(
         MirrorCounts(incoming.size, outgoing.size),
         interior,
         max(_peak(counts) for counts in traffic),
-        tuple(zip(rows.tolist(), edges.tolist(), strict=True)),
+        tuple(loads_of(way, np.diff(graph.indptr), num_ways)),
     )
+
+
+def _chunk_loads(graph: Graph, num_chunks: int) -> list[tuple[float, float]]:
+    """Cuts a graph into chunks; their rows and edges over the mean chunk's."""
+    ids = assign(graph.indptr, graph.indices, num_chunks=num_chunks)
+    return loads_of(np.asarray(ids.chunk_id), np.diff(graph.indptr), num_chunks)
+
+
+def loads_of(parts: Any, degrees: Any, num_parts: int) -> list[tuple[float, float]]:
+    """Rows and edges of each part of a graph, over the mean part's.
+
+    Args:
+        parts: of each node, ``[N]``.
+        degrees: edges into each node, ``[N]``.
+        num_parts: parts.
+    """
+    counts = (np.bincount(parts, weights, num_parts) for weights in (None, degrees))
+    rows, edges = (own / max(own.mean(), 1e-9) for own in counts)
+    return list(zip(rows.tolist(), edges.tolist(), strict=True))
 
 
 def _peak(counts: Any) -> float:

@@ -29,6 +29,7 @@ from gnnpipe.planning import (
     predict_all,
     shape_of,
 )
+from gnnpipe.schedule import Action, fill_drain, simulate
 from gnnpipe.shapes import num_parameters
 from gnnpipe.volume import MirrorCounts
 
@@ -110,6 +111,38 @@ def test_work_on_messages_takes_time_on_both_sides() -> None:
     assert some.epoch_s - none.epoch_s == pytest.approx(packed_s, rel=1e-3)
 
 
+def test_a_prediction_is_the_simulation_of_a_saved_profile(tmp_path: Path) -> None:
+    lines = {"input F": [2e-4, 3e-7, 0.0], "input B": [3e-4, 2e-7, 0.0]}
+    lines |= {"convolution F": [2e-4, 5e-7, 6e-9], "convolution B": [2e-4, 8e-7, 5e-9]}
+    lines |= {"output F": [3e-4, 3e-7, 0.0], "output B": [2e-4, 2e-7, 0.0]}
+    costs = {"step_s_per_parameter": 1e-8, "post_s": 5e-5, "pack_s_per_byte": 0.0}
+    (tmp_path / "p.json").write_text(json.dumps({"lines": lines, "note": "", **costs}))
+    profile = load_profile(tmp_path / "p.json")
+    made = planner(profile=profile, links=Links(0.1, 100.0, 0.1, 1))
+    S, C, v, rows = 2, 4, 2, 250
+    found = made.predict(Setting(S, 1, C, v))
+    roles = ["input", *["convolution"] * 8, "output"]
+    bounds = [sum(found.sizes[:stage]) for stage in range(S * v + 1)]
+
+    def duration(action: Action) -> float:
+        stage = action.stage_index
+        held = roles[bounds[stage] : bounds[stage + 1]]
+        compute_s = sum(
+            profile.lines[f"{role} {action.kind}"].seconds(rows, rows) for role in held
+        )
+        return compute_s + 5e-5 * ((stage > 0) + (stage < S * v - 1))
+
+    on_link_s = rows * 64 * 4 * 8e-9 / 0.1
+    schedule = fill_drain(S, C, v)
+    expected = simulate(schedule, duration, transfer=1e-4, occupancy=on_link_s)
+    ranks = [[i for s in range(r, S * v, S) for i in range(*bounds[s : s + 2])] for r in range(S)]
+    ends = [
+        spans[-1].end_s + 1e-8 * num_parameters(made._layers[i] for i in held)
+        for spans, held in zip(expected.ranks, ranks, strict=True)
+    ]
+    assert found.epoch_s == pytest.approx(max(ends))
+
+
 def test_ways_wait_for_the_slowest_and_the_busiest() -> None:
     def uneven(num_ways: int) -> WayShape:
         loads = ((0.5, 1.0), (1.5, 1.0)) if num_ways == 2 else ((1.0, 1.0),)
@@ -123,6 +156,16 @@ def test_ways_wait_for_the_slowest_and_the_busiest() -> None:
     found = made.predict(Setting(1, 2, 1, 1))
     halo_s = 16 * 500 * 64 * 4 * 8e-9
     assert found.epoch_s - even.epoch_s == pytest.approx(0.5 * 8 * 3e-3 / 2 + halo_s, rel=1e-3)
+
+
+def test_a_pipeline_waits_for_its_largest_chunk() -> None:
+    made = planner()
+    made._graph = made._graph._replace(chunks=lambda _: [(2.0, 1.0), (0.5, 1.0), (0.5, 1.0)])
+    found, alone = made.predict(Setting(2, 1, 3, 1)), made.predict(Setting(1, 1, 3, 1))
+    # 4 layers for each rank: the large chunk crosses both ranks, the others hide behind it.
+    large_s, small_s = (4 * 1e-6 * 1000 / 3 * share for share in (2.0, 0.5))
+    assert found.epoch_s == pytest.approx(3 * (2 * large_s + 2 * small_s))
+    assert alone.epoch_s == pytest.approx(8 * 3e-3)
 
 
 def test_a_sum_that_comes_last_is_hidden_by_nothing() -> None:
@@ -218,6 +261,9 @@ def test_mirrors_of_a_real_graph_are_counted() -> None:
     assert 0 < two.mirrors.incoming == two.mirrors.outgoing < graph.num_nodes
     assert 0.0 < two.interior_share < 1.0
     assert two.busiest >= 1.0
+    chunks = shape.chunks(8)
+    assert [sum(column) for column in zip(*chunks, strict=True)] == pytest.approx([8.0, 8.0])
+    assert len({rows for rows, _ in chunks}) > 1
     assert [sum(column) for column in zip(*two.loads, strict=True)] == pytest.approx([2.0, 2.0])
 
 
