@@ -3,7 +3,7 @@
 With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per number::
 
     tables       b sum over the stage's tables of width (n + m_in  +  n + m_out); the first half
-                 of it 2 bytes per number with ``history.dtype: bfloat16``; n more for rows that
+                 of it 2 bytes per number where ``history.dtype`` is set; n more for rows that
                  are kept apart, 2 n where they are predicted, n + m_out for late gradients
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
                  of layers that run again their input, if no table holds it, and carried rows

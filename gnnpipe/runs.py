@@ -56,6 +56,7 @@ SLOW_PRODUCTS = (
 )
 WAIT_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
 
+HISTORY_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger("gnnpipe")
 
@@ -182,7 +183,7 @@ class PipelineRun:
             memory=config.memory.mode,
             precision=config.training.precision,
             backend=None if config.kernels.backend == "auto" else config.kernels.backend,
-            history_dtype=torch.bfloat16 if config.history.dtype == "bfloat16" else None,
+            history_dtype=HISTORY_DTYPES.get(config.history.dtype or ""),
             task=configured_task(config, chunked),
         )
         assert plan.task is not None

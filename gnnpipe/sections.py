@@ -268,9 +268,10 @@ class HistoryConfig:
     """Keep rows as they were dropped out; false keeps them before, and drops them when read."""
     momentum: float = 0.0
     """Share of the old value in a kept one, in [0, 1)."""
-    dtype: Literal["bfloat16"] | None = None
-    """Element type of the tables' rows; null is the model's. bfloat16 rounds every row that is
-    read from a table, fresh ones included; sums, gradients and weights stay float32."""
+    dtype: Literal["bfloat16", "float16"] | None = None
+    """Element type of the tables' rows; null is the model's. The others round every row that is
+    read from a table, fresh ones included; sums, gradients and weights stay float32. float16 is
+    finer, and infinite above 65,504."""
     predict: Literal["linear"] | None = None
     """Extrapolate kept rows along their last change, by a coefficient fitted to each layer."""
     max_drift: float | None = None

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gnnpipe.kernels import cpu
 
+HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""As what the kernels read the bits of tables that numba has no arithmetic for."""
+
 
 class RowBlock:
     """Some rows of a sparse matrix whose columns are the rows of a table.
@@ -118,8 +121,8 @@ def aggregate(
 
     Args:
         block: the rows.
-        table: ``[num_columns, F]``, contiguous, float32 or float64; or bfloat16, whose sums
-            are float32.
+        table: ``[num_columns, F]``, contiguous, float32 or float64; or bfloat16 or float16,
+            whose sums are float32.
         out: where to write, ``[block.num_rows, F]``; None allocates.
         rows: rows of the block to compute, int64, ascending; None is all of them.
         gate: factor of each table row, ``[num_columns]``, of the result's dtype; None is one. A
@@ -148,8 +151,8 @@ def prepare(
     kernel = cpu.aggregate.chosen(block.num_entries * table.shape[1])
     chosen = None if rows is None else rows.numpy()
     gates = None if gate is None else gate.numpy()
-    # numpy knows no bfloat16: the kernel reads its bits.
-    numbers = (table.view(torch.uint16) if table.dtype == torch.bfloat16 else table).numpy()
+    bits = HALVES.get(table.dtype)
+    numbers = (table if bits is None else table.view(bits)).numpy()
     arrays = (*block.numpy, gates, chosen, numbers)
     num_parts = numba.get_num_threads()
 

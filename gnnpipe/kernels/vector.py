@@ -32,7 +32,7 @@ def _sum_row(  # type: ignore[no-untyped-def]
     for one; entries whose gate is zero are not read at all. ``columns`` is (a, b); that is
     ``num_vectors`` (a literal) vectors, the last of them possibly in part. ``head`` is (h, H) of
     weights ``[E * H]`` of which every H-th counts, from h; (0, 1) is all. A table of uint16 holds
-    bfloat16: the upper half of each float32.
+    bfloat16, the upper half of each float32; one of int16 holds float16.
     """
     if not isinstance(num_vectors, types.IntegerLiteral):
         return None
@@ -68,7 +68,8 @@ class _Row:
         self.head, self.num_heads = cgutils.unpack_tuple(builder, head, 2)
         self.number = ir.FloatType() if kinds[2].dtype == types.float32 else ir.DoubleType()
         self.number_bytes = 4 if kinds[2].dtype == types.float32 else 8
-        self.is_half = kinds[1].dtype == types.uint16
+        self.is_half = kinds[1].dtype in (types.uint16, types.int16)
+        self.is_float16 = kinds[1].dtype == types.int16
         self.lanes = VECTOR_BYTES // self.number_bytes
         self.vector = ir.VectorType(self.number, self.lanes)
         self.suffix = f"v{self.lanes}f{8 * self.number_bytes}"
@@ -147,6 +148,10 @@ class _Row:
         if not self.is_half:
             return self._load(address, k, self.vector, self.suffix, self.number_bytes)
         builder, wide = self.builder, ir.VectorType(_I32, self.lanes)
+        if self.is_float16:
+            halves = ir.VectorType(ir.HalfType(), self.lanes)
+            loaded = self._load(address, k, halves, f"v{self.lanes}f16", 2)
+            return builder.fpext(loaded, self.vector)
         halves = ir.VectorType(ir.IntType(16), self.lanes)
         loaded = builder.zext(self._load(address, k, halves, f"v{self.lanes}i16", 2), wide)
         shift = ir.Constant(wide, [ir.Constant(_I32, 16)] * self.lanes)
