@@ -175,9 +175,14 @@ def predict_memory_bytes(
 
 
 def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
-    """What is kept of one chunk for running a layer again: its input, the halo of a gather."""
+    """What is kept of one chunk for running a layer again: its input, the halo of a gather.
+
+    Layers whose input lies in the table run by hand, and keep a bit of each number instead.
+    """
     halo = layer.table_channels if layer.operator.startswith("edges") else 0
-    return num_rows * (halo + (0 if layer.input_lies_in_table else layer.in_channels))
+    if layer.input_lies_in_table:
+        return num_rows * (halo + layer.out_channels // 32)
+    return num_rows * (halo + layer.in_channels)
 
 
 def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage) -> int:

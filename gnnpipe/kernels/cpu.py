@@ -15,7 +15,7 @@ from gnnpipe.kernels.vector import VECTOR_BYTES, keep_eight, rectify_eight, sum_
 
 Array = np.ndarray[Any, Any]
 
-PARALLEL_MIN_WORK = 1 << 16
+PARALLEL_MIN_WORK = 1 << 18
 """Numbers touched below which one thread is quicker than several."""
 
 _U = np.uint64
