@@ -203,7 +203,8 @@ def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
 
 
 class Chunked:
-    """The pipeline itself, chunk by chunk: exact training, or several steps in an epoch."""
+    """The pipeline itself, chunk by chunk: where the shortcut by layers has nothing to save
+    (exact training), or does not know how (several steps in an epoch, attention)."""
 
     def __init__(self, config: Config, graph: Graph, chunk_id: Any) -> None:
         ways = np.zeros_like(chunk_id)
@@ -223,7 +224,8 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     """The run of a variant; every seed has the same chunks."""
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
-    if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1:
+    sums = all(not layer.operator.startswith("edges") for layer in model_layers(config, graph))
+    if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not sums:
         return Chunked(config, graph, chunk_id)
     return Layerwise(config, graph, chunk_id, idea=idea)
 

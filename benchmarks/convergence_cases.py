@@ -31,6 +31,10 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "late gradient 0.5": {"history": {"late_gradient": 0.5}},
     "late gradient 1": {"history": {"late_gradient": 1.0}},
     "dropout false, late gradient 1": {"history": {"dropout": False, "late_gradient": 1.0}},
+    "exact histories": {"history": {"dropout": False, "max_drift": 0.0}},
+    "exact histories, late gradient 1": {
+        "history": {"dropout": False, "max_drift": 0.0, "late_gradient": 1.0}
+    },
     # Ideas that no option has: kept before the dropout and read without a mask.
     "clean": {"idea": {"store": "clean"}},
     "clean, predict 0.5": {"idea": {"store": "clean", "predict": 0.5}},
@@ -57,7 +61,7 @@ MODELS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 """Hyperparameters of a model, the same for all variants; other models take the defaults."""
 
 TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
-    ("squirrel", "gcnii"): {"training": {"epochs": 100}},
+    ("squirrel", "gcnii"): {"training": {"epochs": 100, "weight_decay": 0.0}},
     ("squirrel", "resgcn+"): {"training": {"epochs": 100, "lr": 3e-3}},
     ("pubmed", "gcnii"): {"training": {"epochs": 60}, "model": {"dropout": 0.3}},
     ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
