@@ -30,12 +30,14 @@ def _apply(x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None = None) 
         keys = fallback.keys(ids, key)
         factor = (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
         return torch.mul(x, factor, out=out)
+    arrays = [part.numpy() for part in (x, *ids)]
+    arguments = (np.uint64(key), np.uint32(threshold), arrays[0].dtype.type(scale))
+    if out is x:
+        cpu.dropout_in_place(*arrays, *arguments, work=x.numel())
+        return x
     out = torch.empty_like(x) if out is None else out
     kernel = cpu.dropout_rows if len(ids) == 1 else cpu.dropout_edges
-    arrays = [part.numpy() for part in ids]
-    number = x.numpy().dtype.type
-    arguments = (np.uint64(key), np.uint32(threshold), number(scale), out.numpy())
-    kernel(x.numpy(), *arrays, *arguments, work=x.numel())
+    kernel(*arrays, *arguments, out.numpy(), work=x.numel())
     return out
 
 
