@@ -42,9 +42,10 @@ from gnnpipe.configured import model_layers
 from gnnpipe.costs import Links, Profile, load_profile, save_profile
 from gnnpipe.datasets import load_graph
 from gnnpipe.graph import Graph
-from gnnpipe.planner import GraphShape, Planner, Prediction, Setting, choose, settings
+from gnnpipe.planner import Planner
 from gnnpipe.planning import PROFILE_CHUNKS, profile_of, shape_of
 from gnnpipe.preflight import thread_variables
+from gnnpipe.setting import GraphShape, Prediction, Setting, choose, settings
 
 DATA = Path(os.environ.get("GNNPIPE_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
 GRAPHS = ("squirrel", "amazon_computers", "coauthor_physics", "ogbn_arxiv")

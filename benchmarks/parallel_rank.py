@@ -19,8 +19,8 @@ from gnnpipe.costs import load_profile
 from gnnpipe.engine import Engine
 from gnnpipe.mesh import Mesh
 from gnnpipe.metrics import time_shares
-from gnnpipe.planner import Setting
 from gnnpipe.reports import Reports
+from gnnpipe.setting import Setting
 from gnnpipe.world import World, join, make_groups
 
 TIMEOUT_S = 600.0

@@ -15,7 +15,7 @@ from shaped_links import inside, shaped_links
 
 from gnnpipe import chunk
 from gnnpipe.graph import Graph
-from gnnpipe.planner import Prediction, Setting
+from gnnpipe.setting import Prediction, Setting
 from partition import assign
 
 WARM_UP, EPOCHS = 1, 3

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from gnnpipe.config import load_config
 from gnnpipe.costs import Links
-from gnnpipe.planner import Planner, Prediction
+from gnnpipe.planner import Planner
 from gnnpipe.planning import GPU, SHAPES, assumed_layers, assumed_shape, predict_all
+from gnnpipe.setting import Prediction
 
 NAMES = ("ogbn-products", "ogbn-papers100M")
 LAYERS = (8, 32, 128)

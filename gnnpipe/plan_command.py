@@ -16,7 +16,7 @@ from gnnpipe.memory import storage_of
 from gnnpipe.metrics import json_text
 from gnnpipe.pictures import predicted_figure
 from gnnpipe.plan_request import PlanRequest
-from gnnpipe.planner import Planner, Prediction, choose, reason
+from gnnpipe.planner import Planner
 from gnnpipe.planning import (
     CHUNKS,
     GPU,
@@ -30,6 +30,7 @@ from gnnpipe.planning import (
 )
 from gnnpipe.room import PROCESS_BYTES, by_purpose, free_bytes, size_text
 from gnnpipe.schedule import draw
+from gnnpipe.setting import Prediction, choose, reason
 from gnnpipe.trainer import load_data
 
 SHOWN = 12

@@ -15,16 +15,9 @@ from gnnpipe.costs import Line, Links, Profile
 from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts, storage_of
 from gnnpipe.models.layer import Layer
-from gnnpipe.planner import (
-    GraphShape,
-    Planner,
-    Prediction,
-    Setting,
-    WayShape,
-    choose,
-    settings,
-)
+from gnnpipe.planner import Planner
 from gnnpipe.profiling import measure
+from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, choose, settings
 from gnnpipe.volume import MirrorCounts
 from partition import assign
 

@@ -26,7 +26,6 @@ from gnnpipe.links import link_graph
 from gnnpipe.loop import EpochEnd, LoopPlan, Outcome, finished, fit_epochs
 from gnnpipe.models.foreign import EdgeFacts, adapt
 from gnnpipe.models.layer import Layer
-from gnnpipe.planner import Setting
 from gnnpipe.planning import applied, auto_plan
 from gnnpipe.preflight import check_world_size, resolve_threads
 from gnnpipe.reference_run import ReferenceRun
@@ -34,6 +33,7 @@ from gnnpipe.resume import Start, check_same, checked_threads, find_start
 from gnnpipe.room import Room, check_before_cut, check_room, gpu_room, host_room
 from gnnpipe.run_directory import PARTITION_DIR, WHOLE_PARTITION_DIR, summary_text
 from gnnpipe.runs import PipelineRun
+from gnnpipe.setting import Setting
 from gnnpipe.stopping import StopRequest, stop_requests
 from gnnpipe.subgraph import training_part
 from gnnpipe.world import World, join

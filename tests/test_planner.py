@@ -19,7 +19,7 @@ from gnnpipe.datasets import load_graph
 from gnnpipe.errors import UserError
 from gnnpipe.memory import FeatureCounts
 from gnnpipe.plan_request import PlanRequest, plan_request
-from gnnpipe.planner import GraphShape, Planner, Setting, WayShape, choose, reason, settings
+from gnnpipe.planner import Planner
 from gnnpipe.planning import (
     SHAPES,
     Counts,
@@ -30,6 +30,7 @@ from gnnpipe.planning import (
     shape_of,
 )
 from gnnpipe.schedule import Action, fill_drain, simulate
+from gnnpipe.setting import GraphShape, Setting, WayShape, choose, reason, settings
 from gnnpipe.shapes import num_parameters
 from gnnpipe.volume import MirrorCounts
 
