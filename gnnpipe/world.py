@@ -195,15 +195,29 @@ class World:
 def join(*, device: str, timeout_s: float) -> Iterator[World]:
     """Joins the processes that a launcher started, or is alone.
 
-    From here on numbers below 1.2e-38 are 0 on a CPU: gradients that vanish in a deep network
-    can make an epoch three times as slow otherwise.
+    Meanwhile numbers below 1.2e-38 are 0 on a CPU: gradients that vanish in a deep network can
+    make an epoch three times as slow otherwise.
 
     Args:
         device: auto, cpu or cuda.
         timeout_s: longest wait inside a collective, seconds.
     """
-    torch.set_flush_denormal(True)  # Before threads start, which inherit it.
-    chosen = _device(device)
+    with _vanishing_numbers(), _joined(_device(device), timeout_s) as world:
+        yield world
+
+
+@contextmanager
+def _vanishing_numbers() -> Iterator[None]:
+    was_on = float(torch.tensor(1e-39) * 0.5) == 0.0
+    torch.set_flush_denormal(True)  # Threads that start later inherit it.
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was_on)
+
+
+@contextmanager
+def _joined(chosen: torch.device, timeout_s: float) -> Iterator[World]:
     if dist.is_initialized():  # inside a user's own script
         rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
         own = _own_part(store, rank)
