@@ -27,10 +27,6 @@ PACK_S_PER_BYTE = 4.5e-10
 ROLES = ("input", "convolution", "output")
 
 
-OPTIONAL = ("post_s", "pack_s_per_byte")
-"""What a profile may leave out."""
-
-
 class Line(NamedTuple):
     """``fixed_s + per_row_s * rows + per_edge_s * edges``."""
 
@@ -106,7 +102,7 @@ def load_profile(path: str | Path) -> Profile:
     try:
         values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         lines = {str(name): Line(*map(float, line)) for name, line in values["lines"].items()}
-        rest = {name: float(values[name]) for name in OPTIONAL if name in values}
+        rest = {name: float(values[name]) for name in Profile._field_defaults if name in values}
         step_s, note = float(values["step_s_per_parameter"]), str(values["note"])
         profile = Profile(lines, step_s, note, **rest)
         missing = {f"{role} {kind}" for role in ROLES for kind in "FB"} - lines.keys()

@@ -199,7 +199,7 @@ class Stage:
             dx, to_carried = on_chunk.backward(dx, out)
             if name is not None:
                 assert to_carried is not None
-                carried[name] = carried[name] + to_carried if name in carried else to_carried
+                _add(carried, name, to_carried)
         return dx
 
     def _shortened(self, local: LocalLayer, recipe: Recipe) -> Recipe:
@@ -266,28 +266,12 @@ class Stage:
         for local in reversed(self.layers):
             record = records.pop()  # Its gradients go when the layer before has used them.
             assert isinstance(dx, Tensor)
-            if isinstance(record, OnChunk):
-                dx = self._backward_by_hand(local, record, dx, carried)
-                if layer_done is not None:
-                    layer_done(local)
-                continue
             if isinstance(record, Recipe):
                 record = self._again(local, chunk_index, record)
-            roots, grads = [record.out], [dx]
-            for name, value in record.handed_on.items():
-                if name in carried:
-                    roots.append(value)
-                    grads.append(carried.pop(name))
-            pairs = [
-                (end, grad) for end, grad in zip(roots, grads, strict=True) if end is not None
-            ]
-            if pairs:  # Not below a first layer without weights.
-                with AskingFor("backward", f"gradients of layer {local.layer_index}"):
-                    torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
-            for name, entry in record.carried.items():
-                assert entry.grad is not None
-                carried[name] = carried[name] + entry.grad if name in carried else entry.grad
-            dx = torch.empty(0) if record.x is None else record.x.gradient()
+            if isinstance(record, OnChunk):
+                dx = self._backward_by_hand(local, record, dx, carried)
+            else:
+                dx = _backward_by_autograd(local, record, dx, carried)
             if layer_done is not None:
                 layer_done(local)
         return Flow(dx, carried)
@@ -333,3 +317,26 @@ class Stage:
                 trained.warm()
             return
         yield trained.for_inference(local.layer.table_channels)
+
+
+def _backward_by_autograd(
+    local: LocalLayer, record: Record, dx: Tensor, carried: dict[str, Tensor]
+) -> Tensor:
+    roots, grads = [record.out], [dx]
+    for name, value in record.handed_on.items():
+        if name in carried:
+            roots.append(value)
+            grads.append(carried.pop(name))
+    pairs = [(end, grad) for end, grad in zip(roots, grads, strict=True) if end is not None]
+    if pairs:  # Not below a first layer without weights.
+        with AskingFor("backward", f"gradients of layer {local.layer_index}"):
+            torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+    for name, entry in record.carried.items():
+        assert entry.grad is not None
+        _add(carried, name, entry.grad)
+    return torch.empty(0) if record.x is None else record.x.gradient()
+
+
+def _add(carried: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    """Of several readers of a carried tensor the gradients add up."""
+    carried[name] = carried[name] + gradient if name in carried else gradient

@@ -53,8 +53,7 @@ class GCNIILayer(Convolution):
         """Mixes the normalised sum with ``h0`` and, a little, with its transformed self."""
         s = graph.aggregate(x).lerp_(graph.carried("h0"), self.alpha)  # [num_rows, channels]
         # (1 - beta) s + beta s W as one product: the identity goes into the small matrix.
-        identity = torch.eye(self.in_channels, dtype=s.dtype, device=s.device)
-        return s @ torch.lerp(identity, self.weight1, self.beta)
+        return s @ self.affine().matrix()
 
     def affine(self) -> Affine:
         """The mix and its product."""
