@@ -70,7 +70,7 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
         "model": {"dropout": 0.2},
     },
     ("amazon_computers", "resgcn+"): {
-        "training": {"epochs": 120, "lr": 0.01},
+        "training": {"epochs": 240, "lr": 5e-3},
         "model": {"dropout": 0.2},
     },
     ("facebook_pages", "gcnii"): {"training": {"epochs": 50}, "model": {"dropout": 0.2}},

@@ -232,7 +232,7 @@ class Reader:
         values = self.table.values
         is_alike = values.dtype == x.dtype and values.shape[1] == x.shape[1]
         # Measuring the drift needs the old rows beside the new ones.
-        return alias(values, self.cell.rows) if is_alike and self.table.drift is None else None
+        return self._own_rows if is_alike and self.table.drift is None else None
 
     def rounded(self, x: Tensor) -> Tensor:
         """``x`` as the table will hold it; its gradient is that of ``x``."""
@@ -297,6 +297,10 @@ class Reader:
             late.take(self.table.gradients, rows)
         if not self.cell.is_closed:
             dx += aggregate(self.cell.backward, late.rows, gate=late.gate)
+
+    @cached_property
+    def _own_rows(self) -> Tensor:
+        return alias(self.table.values, self.cell.rows)
 
     @cached_property
     def _gates(self) -> list[Tensor]:

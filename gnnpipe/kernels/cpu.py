@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from gnnpipe.kernels.vector import VECTOR_BYTES, keep_eight, rectify_eight, sum_row
+from gnnpipe.kernels.vector import VECTOR_BYTES, draw, keep_eight, rectify_eight, sum_row
 
 Array = np.ndarray[Any, Any]
 
@@ -52,18 +52,6 @@ def mix(value):  # type: ignore[no-untyped-def]
     value = (value ^ (value >> _U(30))) * _MIX_1
     value = (value ^ (value >> _U(27))) * _MIX_2
     return value ^ (value >> _U(31))
-
-
-@njit(cache=True, nogil=True, inline="always")
-def draw(row_key, column):  # type: ignore[no-untyped-def]
-    """32 random bits for one column of a row."""
-    z = np.uint32(row_key) ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B9))
-    z = np.uint32(z + np.uint32(row_key >> _U(32)))
-    z = np.uint32(z ^ (z >> np.uint32(16)))
-    z = np.uint32(z * np.uint32(0x7FEB352D))
-    z = np.uint32(z ^ (z >> np.uint32(15)))
-    z = np.uint32(z * np.uint32(0x846CA68B))
-    return np.uint32(z ^ (z >> np.uint32(16)))
 
 
 @njit(cache=True, nogil=True)

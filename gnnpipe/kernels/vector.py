@@ -262,7 +262,30 @@ class _Eight:
         return self._builder.gep(self._arrays[k].data, [self._group])
 
 
+def _draw(typing, row_key, column):  # type: ignore[no-untyped-def]
+    """32 random bits for one column of a row.
+
+    Why not in Python: numba multiplies 32-bit numbers in 64 bits, and half as many fit a vector.
+    """
+    signature = types.uint32(types.uint64, column)
+
+    def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:  # Any: numba's own
+        def mixed(bits: Any, shift: int, factor: int) -> Any:
+            bits = builder.xor(bits, builder.lshr(bits, ir.Constant(_I32, shift)))
+            return builder.mul(bits, ir.Constant(_I32, factor))
+
+        key, place = values[0], context.cast(builder, values[1], column, types.uint32)
+        low = builder.trunc(key, _I32)
+        high = builder.trunc(builder.lshr(key, ir.Constant(_I64, 32)), _I32)
+        bits = builder.xor(low, builder.mul(place, ir.Constant(_I32, 0x9E3779B9)))
+        bits = mixed(mixed(builder.add(bits, high), 16, 0x7FEB352D), 15, 0x846CA68B)
+        return builder.xor(bits, builder.lshr(bits, ir.Constant(_I32, 16)))
+
+    return signature, generate
+
+
 # numba's own types are wrong about intrinsics: it passes the first argument itself.
 sum_row: Any = intrinsic(_sum_row)
 rectify_eight: Any = intrinsic(_rectify_eight)
 keep_eight: Any = intrinsic(_keep_eight)
+draw: Any = intrinsic(_draw)

@@ -33,6 +33,7 @@ class InputLayer(Layer):
         self.out_channels = out_channels
         self.dropout = dropout
         self.writes = writes
+        self.is_sparse = row_entries is not None
         self.row_entries = in_channels if row_entries is None else row_entries
         self.lin = nn.Linear(in_channels, out_channels)
 
@@ -46,7 +47,11 @@ class InputLayer(Layer):
 
     def reset_parameters(self) -> None:
         """Draws the weights uniformly within ``1 / sqrt(in_channels)``."""
+        weight = self.lin.weight
+        weight.data = weight.data.contiguous()  # Numbers are drawn in the order of memory.
         self.lin.reset_parameters()
+        if self.is_sparse:  # Products with sparse rows read, and give, columns of the weight.
+            weight.data = weight.data.t().contiguous().t()
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """The dropped-out features and the output."""
