@@ -32,7 +32,7 @@ HEADS = 4
 GRAPHS = {
     "physics": ("coauthor_physics.npz", "auto", 32, 100),
     "arxiv": ("ogbn_arxiv.npz", "surrogate", 8, 128),
-    "million": ("synthetic:1000000:10000000", "auto", 8, 128),
+    "million": ("synthetic:1000000:10000000", "auto", 8, 64),
 }
 """File or name, features, layers, width. A synthetic edge counts twice, once each way."""
 SETTINGS = {

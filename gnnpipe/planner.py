@@ -9,7 +9,7 @@ like any other, so a case that is too small, sparse or shallow for a pipeline ge
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gnnpipe.costs import Links, Profile, role_of
+from gnnpipe.costs import Line, Links, Profile, role_of
 from gnnpipe.memory import PLAIN, MemoryBytes, Storage, WayCounts, predict_memory_bytes
 from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
 from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, alike
@@ -131,18 +131,22 @@ class Planner:
         )
 
     def _chunk_loads(self, setting: Setting) -> Sequence[tuple[float, float]]:
-        """What each chunk has of rows and edges; alike where there are ways, or no pipeline."""
-        C, is_pipeline = setting.num_chunks, setting.num_ways == 1 < setting.num_stages
-        if C not in self._loads and is_pipeline:
+        """What each chunk has of rows and edges; without a pipeline only their sums count.
+
+        Ways are taken to share every chunk as they share the graph.
+        """
+        C = setting.num_chunks
+        if setting.num_stages == 1:
+            return alike(C)
+        if C not in self._loads:
             self._loads[C] = self._graph.chunks(C)
-        return self._loads[C] if is_pipeline else alike(C)
+        return self._loads[C]
 
     def _uneven_s(self, layers: range, kind: str, setting: Setting) -> tuple[float, float]:
         """What of some layers' time on a mean chunk is due to its rows, and to its edges."""
-        rows, edges = self._chunk(setting)
-        lines = [self._profile.lines[f"{role_of(i, len(self._layers))} {kind}"] for i in layers]
-        rows_s = rows * sum(line.per_row_s for line in lines)
-        return rows_s, edges * sum(line.per_edge_s for line in lines)
+        slowest = [self._slowest(index, kind, setting) for index in layers]
+        rows_s = sum(line.per_row_s * rows for line, rows, _ in slowest)
+        return rows_s, sum(line.per_edge_s * edges for line, _, edges in slowest)
 
     def _core_share(self, setting: Setting) -> float:
         """Cores for each rank of the fullest host, at most 1."""
@@ -156,11 +160,17 @@ class Planner:
         return forward_s + halo_s, backward_s + halo_s
 
     def _compute_s(self, index: int, kind: str, setting: Setting) -> float:
-        """One layer on one chunk, on the slowest way."""
+        """One layer on a mean chunk, on the slowest way."""
+        line, rows, edges = self._slowest(index, kind, setting)
+        return line.seconds(rows, edges)
+
+    def _slowest(self, index: int, kind: str, setting: Setting) -> tuple[Line, float, float]:
+        """A layer's line, and what the slowest way has of rows and edges of a mean chunk."""
         rows, edges = self._chunk(setting)
         line = self._profile.lines[f"{role_of(index, len(self._layers))} {kind}"]
         loads = self._way(setting.num_ways).loads
-        return max(line.seconds(rows * more, edges * denser) for more, denser in loads)
+        sizes = [(rows * more, edges * denser) for more, denser in loads]
+        return line, *max(sizes, key=lambda size: line.seconds(*size))
 
     def _halo_bytes(self, index: int, setting: Setting) -> float:
         """What the busiest way sends, or receives, for one chunk in one layer and direction."""
