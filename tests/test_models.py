@@ -313,6 +313,24 @@ def test_input_layer_takes_sparse_rows() -> None:
     assert view.values["h0"] is h
 
 
+def test_sparse_features_weight_lies_as_their_product_reads_it() -> None:
+    dense, sparse = InputLayer(3, 4), InputLayer(3, 4, row_entries=1.0)
+    for layer in (dense, sparse):
+        for _ in range(2):  # The numbers are the same, however the weight lies before.
+            torch.manual_seed(0)
+            layer.reset_parameters()
+    assert torch.equal(dense.lin.weight, sparse.lin.weight)
+    assert dense.lin.weight.is_contiguous()
+    assert sparse.lin.weight.t().is_contiguous()
+    rows = SparseRows.from_csr(
+        torch.tensor([0, 1, 2]), torch.tensor([2, 0]).int(), torch.tensor([1.0, 3.0]), 3
+    )
+    sparse(rows, SpyView()).sum().backward()
+    grad = sparse.lin.weight.grad
+    assert grad is not None
+    assert grad.t().is_contiguous()
+
+
 def test_attention_of_two_edges_is_their_softmax() -> None:
     # 0 -> 0 and 1 -> 0 with logits ln 1 and ln 3; node 1 has its self-loop only
     logit = torch.tensor([[1.0], [3.0], [5.0]]).log()

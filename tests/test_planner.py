@@ -169,6 +169,22 @@ def test_a_pipeline_waits_for_its_largest_chunk() -> None:
     assert alone.epoch_s == pytest.approx(8 * 3e-3)
 
 
+def test_a_hybrid_waits_for_the_slowest_way_of_its_largest_chunk() -> None:
+    made = planner()
+    found = made.predict(Setting(2, 2, 3, 1))
+    ways = WayShape(MirrorCounts(0, 0), 1.0, 1.0, ((0.5, 1.0), (1.5, 1.0)))
+    made._graph = made._graph._replace(
+        ways=lambda _: ways, chunks=lambda _: [(2.0, 1.0), (0.5, 1.0), (0.5, 1.0)]
+    )
+    made._ways.clear()
+    made._loads.clear()
+    slow = made.predict(Setting(2, 2, 3, 1))
+    assert found.epoch_s == pytest.approx(4 * 3e-6 * 1000 / 6 * 4)
+    # As in the pipeline above, with half of the rows, and one and a half times as many there.
+    large_s, small_s = (4 * 1e-6 * 1000 / 6 * 1.5 * share for share in (2.0, 0.5))
+    assert slow.epoch_s == pytest.approx(3 * (2 * large_s + 2 * small_s))
+
+
 def test_a_sum_that_comes_last_is_hidden_by_nothing() -> None:
     slow = planner(links=Links(1e-3, 0.0, 1e-3, 1))
     found = slow.predict(Setting(1, 2, 1, 1))
