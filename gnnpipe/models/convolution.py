@@ -88,6 +88,18 @@ class Convolution(Layer):
         return 0 if isinstance(self.norm, NoNorm) else num_rows * self.out_channels
 
 
+def pre_activated(x: Tensor, norm: Norm, graph: GraphView) -> Tensor:
+    """``relu(norm(x))``, of which the backward needs a bit of each number where there is a norm.
+
+    Args:
+        x: hidden rows, ``[num_rows, channels]``, which stay as they are.
+        norm: which one.
+        graph: what runs it.
+    """
+    h = graph.normalise(x, norm)
+    return x.relu() if h is x else graph.relu(h)
+
+
 def affine_of(layer: Layer) -> Affine | None:
     """How to run a layer by hand; None where its own code says more than its parts do."""
     kind = type(layer)

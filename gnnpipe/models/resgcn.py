@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gnnpipe.kernels import linear
+from gnnpipe.models.convolution import pre_activated
 from gnnpipe.models.cost import dense_flops
 from gnnpipe.models.layer import GraphView, Layer
 from gnnpipe.models.norm import make_norm
@@ -40,9 +41,7 @@ class ResGCNLayer(Layer):
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Adds the convolved rows to the rows."""
-        h = graph.dropout(
-            graph.normalise(x, self.norm).relu(), self.dropout
-        )  # [num_rows, channels]
+        h = graph.dropout(pre_activated(x, self.norm, graph), self.dropout)
         return x + self.convolve(h, graph)
 
     def reset_parameters(self) -> None:
@@ -86,9 +85,7 @@ class ResGCNOutputLayer(Layer):
 
     def forward(self, x: Tensor, graph: GraphView) -> Tensor:
         """Maps ``[num_rows, in_channels]`` to scores ``[num_rows, out_channels]``."""
-        h = graph.dropout(
-            graph.normalise(x, self.norm).relu(), self.dropout
-        )  # [num_rows, in_channels]
+        h = graph.dropout(pre_activated(x, self.norm, graph), self.dropout)
         return linear(h, self.lin.weight, self.lin.bias)
 
     def reset_parameters(self) -> None:

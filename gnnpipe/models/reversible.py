@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gnnpipe.errors import UserError
 from gnnpipe.kernels import linear
-from gnnpipe.models.convolution import glorot
+from gnnpipe.models.convolution import glorot, pre_activated
 from gnnpipe.models.cost import dense_flops, edge_flops
 from gnnpipe.models.layer import GraphView, Layer
 from gnnpipe.models.norm import make_norm
@@ -60,7 +60,7 @@ class ReversibleLayer(Layer):
         return torch.cat((changed - self._change(b, graph), b), dim=1)
 
     def _change(self, b: Tensor, graph: GraphView) -> Tensor:
-        h = graph.dropout(graph.normalise(b, self.norm).relu(), self.dropout)
+        h = graph.dropout(pre_activated(b, self.norm, graph), self.dropout)
         return linear(graph.aggregate(h), self.lin.weight, self.lin.bias)
 
     def reset_parameters(self) -> None:
