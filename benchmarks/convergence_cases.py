@@ -83,5 +83,9 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
         "training": {"epochs": 20, "lr": 5e-3},
         "model": {"dropout": 0.2},
     },
+    ("ogbn_arxiv", "gcnii"): {
+        "training": {"epochs": 40, "weight_decay": 0.0},
+        "model": {"dropout": 0.1},
+    },
 }
 """Where a pair of graph and model was tuned, by exact training's validation: over the above."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gnnpipe.cell import Cell
 from gnnpipe.counter import stream_key
-from gnnpipe.history import Halo, Reader, Table, alias
+from gnnpipe.history import Table
 from gnnpipe.kernels import drop_rows, keep_where, multiply, rectify
 from gnnpipe.models.convolution import Affine
+from gnnpipe.reader import Halo, Reader, alias
 
 
 class Buffers:

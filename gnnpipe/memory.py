@@ -34,18 +34,27 @@ from gnnpipe.shapes import LayerShape, num_parameters
 RECEIVES_AHEAD = 6
 """``inbox.RECEIVE_AHEAD``, which needs torch to import."""
 
-RECORD_BYTES = 48 * 1024
+RECORD_BYTES = 32 * 1024
 """Of one layer and chunk, whatever the rows; fitted to the peaks of benchmarks/memory.py."""
 
-ENTRY_BYTES = 48
+HAND_RECORD_BYTES = 8 * 1024
+"""The same of a layer that runs without autograd."""
+
+ENTRY_BYTES = 12
 """Of one stored feature beside its place in slice and chunk: pages of the mapped file, values
-after dropout, an evaluation's copy; fitted to the same peaks."""
+after dropout."""
+
+EVALUATION_ENTRY_BYTES = 36
+"""Of one stored feature while an evaluation has all rows in one piece."""
 
 CHUNK_TEMPORARIES = 4
 """Rows of hidden width that one layer's backward of one chunk has at hand at a time."""
 
 EVALUATION_TEMPORARIES = 6
 """Rows of hidden width that an evaluation has at hand beside the table, all of the way's."""
+
+EVALUATION_CARRIED = 3
+"""The same for each carried tensor."""
 
 
 class WayCounts(NamedTuple):
@@ -161,11 +170,16 @@ def predict_memory_bytes(
     largest = way.largest_chunk, math.ceil(way.num_edges * share)
     rerun = max((element_bytes * layer.kept_numbers(*largest) for layer in again), default=0)
     training = activations + messages + rerun + CHUNK_TEMPORARIES * chunk_bytes
-    evaluation = EVALUATION_TEMPORARIES * way.num_rows * row_bytes
+    at_hand = EVALUATION_TEMPORARIES + EVALUATION_CARRIED * (num_tensors - 1)
+    evaluation = at_hand * way.num_rows * row_bytes
+    if is_first:
+        evaluation += EVALUATION_ENTRY_BYTES * (features.num_entries or 0)
+    by_hand = sum(layer.input_lies_in_table for layer in layers)
+    records = HAND_RECORD_BYTES * by_hand + RECORD_BYTES * (len(layers) - by_hand)
     return MemoryBytes(
         tables=_table_bytes(layers, way, storage),
         activations=activations,
-        records=RECORD_BYTES * len(layers) * num_chunks,
+        records=records * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=4 * element_bytes * num_parameters(layers),

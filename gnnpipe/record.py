@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from gnnpipe.history import Kept, is_same_memory
 from gnnpipe.kernels import SparseRows
+from gnnpipe.reader import Kept, is_same_memory
 from gnnpipe.view import View
 
 

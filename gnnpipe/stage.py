@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from gnnpipe.by_hand import Buffers, ByHand, OnChunk, Shared
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
-from gnnpipe.history import Halo, Kept, Reader, Table, alias
+from gnnpipe.history import Table
 from gnnpipe.kernels import HalfProducts, SparseRows, dropout_rows
 from gnnpipe.models.convolution import affine_of
 from gnnpipe.models.layer import Layer
 from gnnpipe.moments import NO_NORMS, Norms
+from gnnpipe.reader import Halo, Kept, Reader, alias
 from gnnpipe.record import Entry, Offload, Recipe, Record, TableRows, edge
 from gnnpipe.shortage import AskingFor
 from gnnpipe.view import View

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from gnnpipe.cell import Cell
 from gnnpipe.counter import stream_key
-from gnnpipe.history import Reader
 from gnnpipe.kernels import (
     EdgeDrop,
     attend,
@@ -18,6 +17,7 @@ from gnnpipe.kernels import (
 )
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Rows
 from gnnpipe.moments import NO_NORMS, Norms
+from gnnpipe.reader import Reader
 
 
 class View:

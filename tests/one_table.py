@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gnnpipe.cell import Cells, Exchange, build_cells
 from gnnpipe.chunk import ChunkedGraph
-from gnnpipe.history import Reader, Table
+from gnnpipe.history import Table
+from gnnpipe.reader import Reader
 from gnnpipe.way import way_graph
 
 LIKE = torch.empty(0, dtype=torch.float64)

@@ -6,7 +6,7 @@ from drawn import cut, graph_of, woven
 from one_table import Alone, Way, look
 from torch import Tensor
 
-from gnnpipe.history import Reader
+from gnnpipe.reader import Reader
 
 
 def leaf(values: list[float]) -> Tensor:

@@ -14,7 +14,7 @@ from one_table import Alone, Way, look
 from torch import Tensor
 
 from gnnpipe.cell import Exchange
-from gnnpipe.history import Halo, Reader
+from gnnpipe.reader import Halo, Reader
 
 TIMEOUT_S = 30
 

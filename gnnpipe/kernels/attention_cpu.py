@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from gnnpipe.kernels.cpu import GOLDEN, compiled, draw, mix, row_at, sum_columns
+from gnnpipe.kernels.cpu import GOLDEN, compiled, mix, row_at, sum_columns
+from gnnpipe.kernels.vector import draw
 
 Array = np.ndarray[Any, Any]
 

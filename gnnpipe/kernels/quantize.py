@@ -10,6 +10,7 @@ from numba import prange
 from torch import Tensor
 
 from gnnpipe.kernels import cpu, fallback
+from gnnpipe.kernels.vector import draw
 
 LARGEST = 127
 
@@ -61,7 +62,7 @@ def _quantize(x, key, levels, scale):  # type: ignore[no-untyped-def]
         divisor = row_scale if is_finite and row_scale > np.float32(0) else np.float32(1)
         row_key = cpu.mix((np.uint64(i) * cpu.GOLDEN) ^ key)
         for column in range(x.shape[1]):
-            u = np.float32(cpu.draw(row_key, column) >> np.uint32(8)) * unit
+            u = np.float32(draw(row_key, column) >> np.uint32(8)) * unit
             value = np.float32(x[i, column]) if is_finite else np.float32(0)
             level = np.floor(value / divisor + u)
             levels[i, column] = np.int8(min(max(level, -limit), limit))

@@ -65,9 +65,9 @@ class GCNIILayer(Convolution):
         glorot(self.weight1)
 
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
-        """A bit of the output and the mixed weight; the mixed sum lies in the table."""
-        kept = num_rows * self.out_channels // 32 + self.norm_numbers(num_rows)
-        return kept + self.in_channels * self.out_channels
+        """A bit of the output; the mixed sum lies in the table. With a norm the mixed weight."""
+        bits, norm = num_rows * self.out_channels // 32, self.norm_numbers(num_rows)
+        return bits + (norm + self.in_channels * self.out_channels if norm else 0)
 
     def cost(self, num_nodes: int, num_edges: int) -> float:
         """One dense product and one sum over the edges."""
