@@ -9,8 +9,9 @@ real graph from a memory-mapped partition and trains. *Growth* is the highest re
 exact evaluation. It counts everything: freed but unreturned pages, and pages of mapped files.
 
 Every cell is measured twice: as glibc's malloc is by default, and with ``MALLOC_MMAP_THRESHOLD_``
-pinned, so that freed blocks go back at once. The formula counts live arrays, so it is held against
-the second; the difference between the two is what the allocator keeps in pieces.
+pinned below the size of a chunk's rows, so that freed blocks go back at once. The formula counts
+live arrays, so it is held against the second; the difference between the two is what the
+allocator keeps in pieces.
 """
 
 import argparse
@@ -54,7 +55,7 @@ MIB = 2**20
 MESHES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
 FINEST_WAYS = 4
 EPOCHS = 2
-PINNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+PINNED = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 MALLOCS = {"default": {}, "pinned": PINNED}
 
 
@@ -72,7 +73,7 @@ def main() -> int:
         (row["graph"], row["malloc"], row["stages"], row["ways"]) for row in map(json.loads, lines)
     }
     for name in options.graphs:
-        cells = [(malloc, *mesh) for mesh in MESHES for malloc in MALLOCS]
+        cells = [(malloc, *mesh) for mesh in MESHES for malloc in options.mallocs]
         missing = [cell for cell in cells if (name, *cell) not in done]
         if missing:
             _cut(name, options)
@@ -221,7 +222,7 @@ def _report(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         "MiB (2^20 bytes). Growth is peak resident memory above the baseline, of the rank that "
-        "grew most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=131072`. "
+        "grew most: with glibc's malloc as it is, and with `MALLOC_MMAP_THRESHOLD_=16384`. "
         "Error: formula / pinned growth - 1, of that rank and the worst of all ranks. The columns "
         "after `table_bytes` are the formula's parts."
     )
@@ -235,7 +236,7 @@ def _report(rows: list[dict[str, Any]]) -> Iterator[str]:
         own = [row for row in rows if row["graph"] == graph]
         for mesh in MESHES:
             found = {row["malloc"]: row["ranks"] for row in own if _mesh(row) == mesh}
-            if len(found) == len(MALLOCS):
+            if "pinned" in found:
                 yield _line(mesh, found)
 
 
@@ -249,8 +250,9 @@ def _line(mesh: tuple[int, int], found: dict[str, list[dict[str, int]]]) -> str:
     errors = [_formula(rank) / rank["growth"] - 1 for rank in ranks]
     error, worst = _formula(top) / top["growth"] - 1, max(errors, key=abs)
     purposes = [_mib(top[name]) for name in MemoryBytes._fields]
-    default = max(rank["growth"] for rank in found["default"])
-    figures = [_mib(default), _mib(top["growth"]), _mib(_formula(top))]
+    default = max((rank["growth"] for rank in found.get("default", [])), default=None)
+    figures = ["" if default is None else _mib(default)]
+    figures += [_mib(top["growth"]), _mib(_formula(top))]
     figures += [f"{error:+.1%}", f"{worst:+.1%}", _mib(top["table_bytes"]), *purposes]
     return f"| {mesh[0]} | {mesh[1]} | {' | '.join(figures)} |"
 
@@ -272,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=32)
     add("--channels", type=int, default=64)
     add("--chunks", type=int, default=16)
+    add("--mallocs", nargs="+", choices=MALLOCS, default=list(MALLOCS))
     add("--work", type=Path, default=Path("runs/memory"), help="partitions and results; resumed")
     add("--out", type=Path, default=Path("benchmarks/results/memory.md"))
     add("--measure", help=argparse.SUPPRESS)

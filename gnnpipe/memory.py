@@ -7,10 +7,10 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
                  are kept apart, 2 n where they are predicted, n + m_out for late gradients
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
                  of layers that run again their input, if no table holds it, and carried rows
-    records      RECORD_BYTES for each layer and chunk: autograd's nodes, small tensors, objects
+    records      for each layer and chunk: autograd's nodes, small tensors, objects
     adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
     features     the first stage's input rows
-    parameters   4 b: values, gradients, Adam's two moments
+    parameters   4 b: values, gradients, Adam's two moments; what is made of them for a step
     messages     receives posted ahead, RECEIVES_AHEAD chunks of boundary rows, and the rows sent
                  over the stage's cuts, which are held until the epoch's end
     working      temporaries: of the largest chunk in training, of all rows in an evaluation
@@ -34,23 +34,25 @@ from gnnpipe.shapes import LayerShape, num_parameters
 RECEIVES_AHEAD = 6
 """``inbox.RECEIVE_AHEAD``, which needs torch to import."""
 
-RECORD_BYTES = 32 * 1024
-"""Of one layer and chunk, whatever the rows; fitted to the peaks of benchmarks/memory.py."""
+RECORD_BYTES = 24 * 1024
+"""Of one layer and chunk, whatever the rows; fitted to the peaks of benchmarks/memory.py on
+coauthor_cs, as are the next one and what an evaluation has at hand."""
 
-HAND_RECORD_BYTES = 8 * 1024
+HAND_RECORD_BYTES = 16 * 1024
 """The same of a layer that runs without autograd."""
 
 ENTRY_BYTES = 12
-"""Of one stored feature beside its place in slice and chunk: pages of the mapped file, values
+"""Of one stored feature beside its place in slice and chunk: pages of the mapped file, value
 after dropout."""
 
 EVALUATION_ENTRY_BYTES = 36
-"""Of one stored feature while an evaluation has all rows in one piece."""
+"""Of one stored feature while an evaluation has all rows in one piece: 20 as in a chunk, and 16
+while its transposed order is made."""
 
 CHUNK_TEMPORARIES = 4
 """Rows of hidden width that one layer's backward of one chunk has at hand at a time."""
 
-EVALUATION_TEMPORARIES = 6
+EVALUATION_TEMPORARIES = 5
 """Rows of hidden width that an evaluation has at hand beside the table, all of the way's."""
 
 EVALUATION_CARRIED = 3
@@ -174,6 +176,7 @@ def predict_memory_bytes(
     evaluation = at_hand * way.num_rows * row_bytes
     if is_first:
         evaluation += EVALUATION_ENTRY_BYTES * (features.num_entries or 0)
+    held = sum(layer.step_numbers for layer in layers)
     by_hand = sum(layer.input_lies_in_table for layer in layers)
     records = HAND_RECORD_BYTES * by_hand + RECORD_BYTES * (len(layers) - by_hand)
     return MemoryBytes(
@@ -182,7 +185,7 @@ def predict_memory_bytes(
         records=records * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
-        parameters=4 * element_bytes * num_parameters(layers),
+        parameters=element_bytes * (4 * num_parameters(layers) + held),
         messages=messages,
         working=max(training, evaluation) - activations - messages,
     )

@@ -32,6 +32,9 @@ class LayerShape(Protocol):
     @property
     def input_lies_in_table(self) -> bool: ...
 
+    @property
+    def step_numbers(self) -> int: ...
+
     def kept_numbers(self, num_rows: int, num_edges: int) -> int: ...
 
 

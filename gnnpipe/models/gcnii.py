@@ -64,6 +64,11 @@ class GCNIILayer(Convolution):
         super().reset_parameters()
         glorot(self.weight1)
 
+    @property
+    def step_numbers(self) -> int:
+        """The mixed weight."""
+        return self.in_channels * self.out_channels
+
     def kept_numbers(self, num_rows: int, num_edges: int) -> int:
         """A bit of the output; the mixed sum lies in the table. With a norm the mixed weight."""
         bits, norm = num_rows * self.out_channels // 32, self.norm_numbers(num_rows)

@@ -154,6 +154,11 @@ class Layer(nn.Module, ABC):
     out_channels: int
 
     @property
+    def step_numbers(self) -> int:
+        """Numbers that are kept once for all chunks of a step, besides the parameters."""
+        return 0
+
+    @property
     def input_lies_in_table(self) -> bool:
         """Whether the layer looks at its input through that dropout only, so that the rows in
         the table are all of it that a backward needs."""
