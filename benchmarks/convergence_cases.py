@@ -31,6 +31,12 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "late gradient 0.5": {"history": {"late_gradient": 0.5}},
     "late gradient 1": {"history": {"late_gradient": 1.0}},
     "dropout false, late gradient 1": {"history": {"dropout": False, "late_gradient": 1.0}},
+    "late gradient 1, smoothed 0.5": {
+        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.5}
+    },
+    "late gradient 1, smoothed 0.8": {
+        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}
+    },
     "exact histories": {"history": {"dropout": False, "max_drift": 0.0}},
     "exact histories, late gradient 1": {
         "history": {"dropout": False, "max_drift": 0.0, "late_gradient": 1.0}

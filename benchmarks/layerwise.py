@@ -38,13 +38,16 @@ class Idea(NamedTuple):
     """Step from the last two values: h1 + predict (h1 - h0)."""
     gradient: float = 0.0
     """Factor of last epoch's gradient along edges that were read historical."""
+    smoothing: float = 0.0
+    """Share of the old value in a kept gradient."""
 
 
 def idea_of(config: Config, more: Mapping[str, Any] | None = None) -> Idea:
     """What a configuration says, and more."""
     history = config.history
     store = "dropped" if history.dropout else "redrawn"
-    return Idea(store, history.momentum, 0.0, history.late_gradient)._replace(**(more or {}))
+    late = history.late_gradient, history.late_gradient_momentum
+    return Idea(store, history.momentum, 0.0, *late)._replace(**(more or {}))
 
 
 class _Split(NamedTuple):
@@ -266,9 +269,10 @@ class _Mix(torch.autograd.Function):
         gradient = grads[0].contiguous()
         dx = aggregate(parts.back, gradient)
         if memory.idea.gradient:
-            if memory.gradient is not None:
-                dx += memory.idea.gradient * aggregate(parts.missing, memory.gradient)
-            memory.gradient = gradient.clone()
+            if memory.gradient is None:
+                memory.gradient = torch.zeros_like(gradient)
+            dx += memory.idea.gradient * aggregate(parts.missing, memory.gradient)
+            memory.gradient.lerp_(gradient, 1.0 - memory.idea.smoothing)
         return dx, None, None
 
 

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     """Optimizer steps of an epoch."""
     keeping: Keeping = Keeping()
     late_gradient: float = 0.0
+    late_gradient_momentum: float = 0.0
     task: Task | None = None
     """None is single labels without weights."""
     backend: str | None = None
@@ -191,8 +192,13 @@ class _StageBuilder:
         late, channels = None, layer.table_channels
         if plan.is_trained and plan.late_gradient:
             _check_aggregates(layer, plan.late_gradient)
-            factor = plan.late_gradient
-            late = LateGradients(num_gradients, channels, like=self._like, factor=factor)
+            late = LateGradients(
+                num_gradients,
+                channels,
+                like=self._like,
+                factor=plan.late_gradient,
+                momentum=plan.late_gradient_momentum,
+            )
         return Table(
             num_values,
             num_gradients if self._plan.is_trained else 0,

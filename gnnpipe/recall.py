@@ -116,18 +116,28 @@ class LateGradients:
     (LMC, arXiv 2302.00924, compensates subgraph sampling like this). While weights stand still
     the gradients of L layers are exact after L epochs.
 
+    One epoch's gradient of a row says little about the next one's, since masks of dropout and the
+    order of the chunks are others. With a momentum an average over epochs is kept (as PipeGCN
+    smooths its features' gradients; Wan et al., arXiv 2203.10428)::
+
+        rows = momentum * rows + (1 - momentum) * gradients      (0 before the first epoch)
+
     Args:
         num_rows: rows of the table's gradients.
         channels: their width.
         like: a tensor that gives dtype and device.
         factor: on these gradients, in [0, 1].
+        momentum: share of the old rows in the kept ones, in [0, 1).
     """
 
-    def __init__(self, num_rows: int, channels: int, *, like: Tensor, factor: float) -> None:
+    def __init__(
+        self, num_rows: int, channels: int, *, like: Tensor, factor: float, momentum: float = 0.0
+    ) -> None:
         self.rows = like.new_zeros((num_rows, channels))
         self.gate = like.new_zeros(num_rows)
         """Factor of each row for its readers; 0 where this step's own gradient is known."""
         self._factor = factor
+        self._momentum = momentum
 
     def start_step(self) -> None:
         """All rows are of another step."""
@@ -139,4 +149,7 @@ class LateGradients:
 
     def take(self, gradients: Tensor, rows: slice) -> None:
         """Keeps rows for the next step that does not compute them first."""
-        self.rows[rows] = gradients[rows]
+        if self._momentum:
+            self.rows[rows].lerp_(gradients[rows], 1.0 - self._momentum)
+        else:
+            self.rows[rows] = gradients[rows]

@@ -180,6 +180,7 @@ class PipelineRun:
                 config.history.predict == "linear",
             ),
             late_gradient=config.history.late_gradient,
+            late_gradient_momentum=config.history.late_gradient_momentum,
             memory=config.memory.mode,
             precision=config.training.precision,
             backend=None if config.kernels.backend == "auto" else config.kernels.backend,

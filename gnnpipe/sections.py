@@ -264,6 +264,8 @@ class HistoryConfig:
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
     late_gradient: float = 0.0
     """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
+    late_gradient_momentum: float = 0.0
+    """Share of the old value in a kept gradient, in [0, 1): averages last epochs' gradients."""
     dropout: bool = True
     """Keep rows as they were dropped out; false keeps them before, and drops them when read."""
     momentum: float = 0.0
@@ -286,6 +288,14 @@ class HistoryConfig:
         rule = "must be between 0 (none) and 1 (undamped)"
         is_share = 0 <= self.late_gradient <= 1
         require(is_share, "history.late_gradient", self.late_gradient, rule)
+        momentum, rule = (
+            self.late_gradient_momentum,
+            "must be at least 0 and below 1; 0 keeps the newest gradient",
+        )
+        require(0 <= momentum < 1, "history.late_gradient_momentum", momentum, rule)
+        rule = "needs `history.late_gradient` above 0; set that, or leave this out"
+        is_used = not momentum or self.late_gradient > 0
+        require(is_used, "history.late_gradient_momentum", momentum, rule)
         is_possible = self.predict is None or self.period == 1
         rule = f"goes with `history.period` (={self.period}) 1 only; leave either out"
         require(is_possible, "history.predict", self.predict, rule)

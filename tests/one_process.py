@@ -61,6 +61,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "predict": None,
             "max_drift": None,
             "late_gradient": 0.0,
+            "late_gradient_momentum": 0.0,
             "history_dtype": None,
         },
     }

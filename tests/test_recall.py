@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "renewed": {"max_drift": 0.5},
     "antithetic": {"order": "antithetic"},
     "late": {"late_gradient": 0.7},
+    "averaged": {"late_gradient": 0.7, "late_gradient_momentum": 0.6},
     "all": {
         "keeps_dropout": False,
         "history_momentum": 0.2,
@@ -56,7 +57,7 @@ def test_one_chunk_equals_full_graph_with_every_option(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_numbers_are_bit_equal_for_every_cut_with_every_option(name: str, model: str) -> None:
     graph, found = woven(), []
-    if (name, model) == ("late", "gat"):
+    if name in ("late", "averaged") and model == "gat":
         model = "gcn"  # gat gathers
     for virtual in (1, 2, 5):
         config = settings(model, dtype="float32", virtual_stages=virtual, **OPTIONS[name])
@@ -225,6 +226,24 @@ def test_while_weights_stand_still_late_gradients_become_exact(name: str) -> Non
         assert (max(gaps) < 1e-12) == (factor == 1.0)
 
 
+def test_averaged_late_gradients_forget_by_their_momentum() -> None:
+    # Weights, chunks' order and masks stand still, so an epoch's gradient of the last layer does.
+    graph, momentum = woven(), 0.6
+    still: dict[str, Any] = {"lr": 1e-300, "dropout": 0.0, "num_layers": 1, "order": "fixed"}
+    late: dict[str, Any] = {"late_gradient": 1.0, "late_gradient_momentum": momentum}
+    run = pipeline(graph, settings("gcn", **late, **still), striped(graph, 4))
+    (table,) = tables_of(run).values()
+    kept = []
+    for epoch in range(1, 6):
+        run.train_epoch(epoch)
+        assert table.late is not None
+        kept.append(table.late.rows.clone())
+    whole = kept[0] / (1.0 - momentum)
+    assert whole.abs().max() > 0
+    for epoch, rows in enumerate(kept, start=1):
+        torch.testing.assert_close(rows, (1.0 - momentum**epoch) * whole, rtol=0, atol=1e-14)
+
+
 def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
     with pytest.raises(UserError, match=r"`history.late_gradient` \(=0.5\) must be 0 for GATL"):
         pipeline(woven(), settings("gat", late_gradient=0.5))
@@ -240,7 +259,7 @@ def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
 def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Path) -> None:
     write_ring(tmp_path)
     options = [*options, "history.momentum=0.3", "history.max_drift=1.0"]
-    options += ["history.late_gradient=0.5"]
+    options += ["history.late_gradient=0.5", "history.late_gradient_momentum=0.4"]
     train_on(ring_run(tmp_path, tmp_path / "whole", *options))
     for epoch in (1, 4):
         run = ring_run(tmp_path, tmp_path / str(epoch), *options)
@@ -265,6 +284,14 @@ def test_memory_of_what_is_kept_is_counted() -> None:
     [
         (["history.momentum=1"], r"`history.momentum` \(=1.0\) must be at least 0 and below 1"),
         (["history.late_gradient=2"], r"`history.late_gradient` \(=2.0\) must be between 0"),
+        (
+            ["history.late_gradient=1", "history.late_gradient_momentum=1"],
+            r"`history.late_gradient_momentum` \(=1.0\) must be at least 0 and below 1",
+        ),
+        (
+            ["history.late_gradient_momentum=0.5"],
+            r"`history.late_gradient_momentum` \(=0.5\) needs `history.late_gradient` above 0",
+        ),
         (["history.max_drift=-1"], r"`history.max_drift` \(=-1.0\) must be at least 0"),
         (
             ["history.predict=linear", "history.period=2"],
