@@ -59,12 +59,24 @@ GRAPHS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 }
 """What a graph needs besides its name; the same for all variants."""
 
+
+def normed(name: str) -> Mapping[str, Mapping[str, object]]:
+    """A model without shortcuts, with layer norm."""
+    return {
+        "training": {"lr": 5e-3, "weight_decay": 0.0},
+        "model": {"name": name, "norm": "layer", "dropout": 0.0},
+    }
+
+
 MODELS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "gcnii": {"training": {"lr": 0.01, "weight_decay": 5e-4}, "model": {"dropout": 0.5}},
     "resgcn+": {"training": {"lr": 1e-3, "weight_decay": 0.0}, "model": {"dropout": 0.5}},
     "gcn": {"training": {"lr": 5e-3, "weight_decay": 0.0}, "model": {"dropout": 0.0}},
+    **{f"{name}+norm": normed(name) for name in ("gcn", "sage", "gin", "gat")},
+    "jknet+norm": {"model": {"name": "jknet", "norm": "layer"}},
 }
-"""Hyperparameters of a model, the same for all variants; other models take the defaults."""
+"""Hyperparameters of a model, the same for all variants; other models take the defaults. Models
+without shortcuts train at 8 layers with a norm only."""
 
 TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("squirrel", "gcnii"): {"training": {"epochs": 100, "weight_decay": 0.0}},
@@ -72,8 +84,8 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("pubmed", "gcnii"): {"training": {"epochs": 60}, "model": {"dropout": 0.3}},
     ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
     ("amazon_computers", "gcnii"): {
-        "training": {"epochs": 240, "weight_decay": 0.0},
-        "model": {"dropout": 0.2},
+        "training": {"epochs": 240, "weight_decay": 0.0, "clip_norm": 1.0},
+        "model": {"dropout": 0.2, "alpha": 0.3, "theta": 1.0},
     },
     ("amazon_computers", "resgcn+"): {
         "training": {"epochs": 240, "lr": 5e-3},
