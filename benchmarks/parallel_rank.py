@@ -99,7 +99,14 @@ class Emulation:
         chunked, like, v = chunk.load(partition), torch.empty(0), setting.virtual_stages
         layers = model_layers(config, chunked)
         bounds = stage_bounds(layers, chunked, num_stages=setting.num_stages * v, sizes=sizes)
-        plan = Plan(seed=0, bounds=bounds, virtual_stages=v, period=1, cross_chunk_gradient=1.0)
+        plan = Plan(
+            seed=0,
+            bounds=bounds,
+            virtual_stages=v,
+            period=1,
+            cross_chunk_gradient=1.0,
+            schedule=setting.schedule,
+        )
         return build_engine(chunked, layers, plan=plan, comm=self._comm, like=like)
 
     def train(self, epoch: int, *, is_counted: bool) -> None:

@@ -158,12 +158,13 @@ class SleptStage:
         gradient: Flow,
         *,
         layer_done: Callable[[LocalLayer], None] | None = None,
+        is_split: bool = False,
     ) -> Flow:
         """The same in reverse."""
         carried = dict(gradient.carried)
         num_rows = 0
         for local in reversed(self.layers):
-            num_rows = self._layer(local, chunk_index, "B")
+            num_rows = self._layer(local, chunk_index, "I" if is_split else "B")
             for name in local.layer.reads:
                 carried.setdefault(name, torch.zeros(num_rows, local.layer.in_channels))
             for name in local.layer.writes:
@@ -176,19 +177,34 @@ class SleptStage:
         width = first.layer.in_channels if first.layer_index else 0
         return Flow(torch.zeros(num_rows, width), carried)
 
+    def finish_backward(
+        self, chunk_index: int, *, layer_done: Callable[[LocalLayer], None] | None = None
+    ) -> None:
+        """Sleeps the weights' gradients."""
+        for local in reversed(self.layers):
+            rows = local.cells.chunks[chunk_index].rows
+            self._sleeper.spend(self._line(local, "G").seconds(rows.stop - rows.start, 0))
+        self._sleeper.settle()
+        if layer_done is not None:
+            for local in reversed(self.layers):
+                layer_done(local)
+
+    def _line(self, local: LocalLayer, kind: str) -> Line:
+        role = role_of(local.layer_index, self._shape.num_layers)
+        return self._shape.profile.lines[f"{role} {kind}"]
+
     def _layer(self, local: LocalLayer, chunk_index: int, kind: str) -> int:
         """One layer's time and halo; returns the chunk's rows."""
         cell, table, sleeper = local.cells.chunks[chunk_index], local.table, self._sleeper
         num_rows: int = cell.rows.stop - cell.rows.start
-        role = role_of(local.layer_index, self._shape.num_layers)
-        line = self._shape.profile.lines[f"{role} {kind}"]
+        line = self._line(local, kind)
         block = cell.forward if kind == "F" else cell.backward
         num_edges = _num_edges(block, cell.edges)
         total_s = line.seconds(num_rows, num_edges)
         if table is None:
             sleeper.spend(total_s)
             return num_rows
-        if kind == "B" and cell.forward is None:  # a gather sends gradients back, unhidden
+        if kind != "F" and cell.forward is None:  # a gather sends gradients back, unhidden
             sleeper.spend(total_s)
             sleeper.settle()
             self._comm.push(table.gradients, cell.in_exchanges)

@@ -61,7 +61,7 @@ def best_of_both(name: str, num_layers: int, num_gpus: int) -> tuple[Prediction,
 
 def row(name: str, num_layers: int, num_gpus: int, graph: Prediction, piped: Prediction) -> str:
     """One line of the table."""
-    S, W, C, v = piped.setting
+    S, W, C, v, _ = piped.setting
     setting = f"{S} x {W}, C {C}" + (f", v {v}" if v > 1 else "")
     ratio = f"{graph.epoch_s / piped.epoch_s:.2f}"
     ratio = f"**{ratio}**" if graph.epoch_s > piped.epoch_s else ratio

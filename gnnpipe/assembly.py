@@ -23,7 +23,7 @@ from gnnpipe.models.layer import Layer
 from gnnpipe.models.norm import NodeNorm
 from gnnpipe.moments import Moments
 from gnnpipe.recall import Keeping, LateGradients, Recall
-from gnnpipe.schedule import fill_drain, split_layers
+from gnnpipe.schedule import SCHEDULES, ScheduleName, split_layers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
 from gnnpipe.store import private_map
@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     cross_chunk_gradient: float
     steps: int = 1
     """Optimizer steps of an epoch."""
+    schedule: ScheduleName = "fill_drain"
     keeping: Keeping = Keeping()
     late_gradient: float = 0.0
     late_gradient_momentum: float = 0.0
@@ -129,7 +130,7 @@ def build_engine(
     held_by = mesh.num_stages if comm.formats.carried == "fp32" else 1
     cuts = cuts_of(layers, bounds, num_ranks=held_by)
     steps, virtual = plan.steps, plan.virtual_stages
-    schedule = fill_drain(mesh.num_stages, chunked.num_chunks, virtual, steps=steps)
+    schedule = SCHEDULES[plan.schedule](mesh.num_stages, chunked.num_chunks, virtual, steps=steps)
     task = plan.task or SingleLabel()
     inputs = _inputs(chunked, graph, like, task=task, needs_features=0 in stages)
     actions = schedule[stage_rank]

@@ -10,6 +10,8 @@ and what a backward needs is the table and one bit of each number::
                gradient of x = dropout(A^T gradients + g V^T)
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,16 +28,23 @@ from gnnpipe.reader import Halo, Reader, alias
 class Buffers:
     """Rows on their way through the layers of a stage.
 
-    The result of a layer lies in the slot of the layer's parity, and so does its gradient.
+    The result of a layer lies in the slot of the layer's parity, and so does its gradient. What a
+    split backward leaves for the weights has slots of its own, used again by the next chunk.
     """
 
     def __init__(self) -> None:
-        self._flat: dict[int, Tensor] = {}
-        self._rows: dict[tuple[int, int, int], Tensor] = {}
+        self._flat: dict[object, Tensor] = {}
+        self._rows: dict[tuple[object, int, int], Tensor] = {}
 
-    def rows(self, slot: int, num_rows: int, channels: int, *, like: Tensor) -> Tensor:
-        """Rows ``[num_rows, channels]`` that hold until the next use of the slot."""
-        slot %= 2
+    def rows(self, layer_index: int, num_rows: int, channels: int, *, like: Tensor) -> Tensor:
+        """Rows ``[num_rows, channels]`` that hold until another layer's of the same parity."""
+        return self._in(layer_index % 2, num_rows, channels, like)
+
+    def left(self, layer_index: int, name: str, *, like: Tensor) -> Tensor:
+        """Rows like others that hold until the layer's next backward."""
+        return self._in((layer_index, name), like.shape[0], like.shape[1], like)
+
+    def _in(self, slot: object, num_rows: int, channels: int, like: Tensor) -> Tensor:
         rows = self._rows.get((slot, num_rows, channels))
         if rows is None:
             size = num_rows * channels
@@ -109,6 +118,10 @@ class ByHand:
         num_rows, channels = cell.rows.stop - cell.rows.start, self.affine.out_channels
         return self.shared.buffers.rows(self._layer_index, num_rows, channels, like=like)
 
+    def left(self, name: str, like: Tensor) -> Tensor:
+        """Where a backward leaves rows for the weights."""
+        return self.shared.buffers.left(self._layer_index, name, like=like)
+
 
 class OnChunk:
     """One layer on one chunk: what is the same in every epoch, and this one's mask."""
@@ -158,23 +171,31 @@ class OnChunk:
             self._sums.lerp_(self._carried, self._by_hand.affine.share)
 
     @torch.no_grad()
-    def backward(self, grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(
+        self, grad: Tensor, out: Tensor, later: list[Callable[[], None]] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds the gradients of the weights.
 
         Args:
             grad: of the result; it may lie where results do, and is overwritten there.
             out: where the gradient of the input goes, ``[num_rows, in_channels]``.
+            later: takes what will add the gradients of the weights; None adds them here.
 
         Returns:
             That, and the gradient of the carried rows, which holds until the next backward.
         """
         hand, affine, is_half = self._by_hand, self._by_hand.affine, self._by_hand.shared.is_half
         assert self._mask is not None
-        grad = keep_where(grad.contiguous(), self._mask, out=hand.rows(self._cell, like=grad))
+        place = hand.rows(self._cell, like=grad) if later is None else hand.left("gradient", grad)
+        grad = keep_where(grad.contiguous(), self._mask, out=place)
         if hand.table.is_shared:  # Another layer's sums lie there; the values are still these.
             self._reader.sum(_at_once, self._sums)
             self._mix()
-        self._add_weights(grad)
+        if later is None:
+            self._add_weights(grad, self._sums)
+        else:
+            sums = hand.left("sums", self._sums).copy_(self._sums)
+            later.append(partial(self._add_weights, grad, sums))
         multiply(grad, hand.matrix.t(), out=self._sums, is_half=is_half)
         to_carried = None
         if self._carried is not None:
@@ -188,11 +209,12 @@ class OnChunk:
             drop_rows(out, self._cell.node_id, p=hand.dropout, key=hand.key, out=out)
         return out, to_carried
 
-    def _add_weights(self, grad: Tensor) -> None:
+    @torch.no_grad()
+    def _add_weights(self, grad: Tensor, sums: Tensor) -> None:
         affine, is_half = self._by_hand.affine, self._by_hand.shared.is_half
         if affine.bias is not None and affine.bias.requires_grad:
             add_gradient(affine.bias, grad.sum(0))
-        pairs = [(affine.sums, self._sums)]
+        pairs = [(affine.sums, sums)]
         if affine.rows is not None:
             pairs.append((affine.rows, self._rows))
         for weight, rows in pairs:

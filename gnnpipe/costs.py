@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gnnpipe.errors import UserError
+from gnnpipe.schedule import KINDS, ScheduleName
 
 LOCAL_GBPS = 10.0
 """Assumed between ranks of one host, through gloo on the loopback."""
@@ -43,7 +44,7 @@ class Profile(NamedTuple):
     """What one model costs on one machine."""
 
     lines: Mapping[str, Line]
-    """By role and direction, such as ``convolution F``."""
+    """By role and kind of action, such as ``convolution F``."""
     step_s_per_parameter: float
     """Optimizer's time."""
     note: str
@@ -52,6 +53,15 @@ class Profile(NamedTuple):
     """Work on a message, on either side."""
     pack_s_per_byte: float = PACK_S_PER_BYTE
     """Of collecting rows to send."""
+
+    @property
+    def schedules(self) -> list[ScheduleName]:
+        """What can be predicted: the kinds of actions of these schedules were measured."""
+        return [
+            name
+            for name, kinds in KINDS.items()
+            if all(f"{role} {kind}" in self.lines for role in ROLES for kind in kinds)
+        ]
 
     def message_s(self, num_messages: float, packed_bytes: float = 0.0) -> float:
         """Seconds that a rank works on messages."""

@@ -37,7 +37,7 @@ class Cut(NamedTuple):
     not travel again, their gradients do."""
 
     def items(self, kind: str) -> list[tuple[str | None, int]]:
-        """Name (None for the activation) and width of what an F or a B gets, in sending order."""
+        """What a forward or a backward gets: name (None: the activation) and width, as sent."""
         held = self.held if kind == "F" else ()
         return [(None, self.channels), *(pair for pair in self.carried if pair[0] not in held)]
 
@@ -171,7 +171,7 @@ class Engine:
     def _run(self, epoch: int, order: Sequence[int], step: int, *, total: float) -> float:
         """All actions of a step; forwards only if there is nothing to learn."""
         low, high = self._bounds[step : step + 2]
-        kinds = "FB" if total else "F"
+        kinds = "FBIG" if total else "F"
         actions = [a for a in self._actions if low <= a.chunk_index < high and a.kind in kinds]
         inbox = Inbox(self._comm, list(self._expected(actions, order)))
         number = (epoch - 1) * (len(self._bounds) - 1) + step + 1
@@ -180,7 +180,11 @@ class Engine:
             start_s = time.perf_counter()
             stage_index, kind, position = action
             self._comm.during(repr(action), epoch, stage_index, ord(kind), position)
-            if kind == "F":
+            if kind == "G":
+                is_last = position == low  # backwards run in reverse
+                done = self._layer_done(number) if is_last else None
+                self.stages[stage_index].finish_backward(order[position], layer_done=done)
+            elif kind == "F":
                 loss += self._forward(action, order[position], inbox, total=total)
             else:
                 self._backward(action, order[position], inbox, step=number, first=low)
@@ -327,18 +331,23 @@ class Engine:
         else:
             flow = self._obtain(action, inbox)
 
-        def layer_done(local: LocalLayer) -> None:
-            """Its gradients are complete: their sum travels while other layers compute."""
-            gradients = [p.grad for p in local.layer.parameters() if p.grad is not None]
-            self.weight_sums.start(local.layer_index, gradients, step=step)
-
-        is_last = action.chunk_index == first  # backwards run in reverse
+        is_split = action.kind == "I"
+        is_done = action.chunk_index == first and not is_split  # backwards run in reverse
         gradient = self.stages[action.stage_index].backward(
-            chunk, flow, layer_done=layer_done if is_last else None
+            chunk, flow, layer_done=self._layer_done(step) if is_done else None, is_split=is_split
         )
         if action.stage_index > 0:
             previous = action._replace(stage_index=action.stage_index - 1)
             self._hand_over(previous, gradient, self._chunk_sizes[chunk])
+
+    def _layer_done(self, step: int) -> Callable[[LocalLayer], None]:
+        """Called for a layer whose gradients are complete: their sum travels meanwhile."""
+
+        def done(local: LocalLayer) -> None:
+            gradients = [p.grad for p in local.layer.parameters() if p.grad is not None]
+            self.weight_sums.start(local.layer_index, gradients, step=step)
+
+        return done
 
     def _source(self, action: Action) -> int:
         """Rank that sends an action its input."""
@@ -351,7 +360,7 @@ class Engine:
 
     def _cut(self, action: Action) -> Cut:
         """What the input of an action consists of."""
-        cut = self._cuts[action.stage_index + (action.kind == "B")]
+        cut = self._cuts[action.stage_index + (action.kind != "F")]
         assert cut is not None
         return cut
 
@@ -370,6 +379,8 @@ class Engine:
     def _expected(self, actions: Sequence[Action], order: Sequence[int]) -> Iterable[Message]:
         """Everything that other ranks send for some actions, in the order of need."""
         for action in actions:
+            if action.kind == "G":
+                continue
             is_end = action.stage_index == (0 if action.kind == "F" else self._last)
             if not is_end and self._source(action) != self._comm.rank:
                 num_rows = self._chunk_sizes[order[action.chunk_index]]
@@ -418,4 +429,4 @@ class Engine:
 def _tag(action: Action, item: int, num_chunks: int) -> int:
     """A number that no other message between the same two ranks has in one epoch."""
     position = action.stage_index * num_chunks + action.chunk_index
-    return message_tag(position, item, is_backward=action.kind == "B")
+    return message_tag(position, item, is_backward=action.kind != "F")

@@ -13,7 +13,8 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     parameters   4 b: values, gradients, Adam's two moments; what is made of them for a step
     messages     receives posted ahead, RECEIVES_AHEAD chunks of boundary rows, and the rows sent
                  over the stage's cuts, which are held until the epoch's end
-    working      temporaries: of the largest chunk in training, of all rows in an evaluation
+    working      temporaries: of the largest chunk in training, of all rows in an evaluation;
+                 with split backwards the sums and gradients of one chunk, of layers by hand
 
 ``memory.mode: recompute`` runs a layer again, so its graph of one chunk at a time is working
 memory; where no chunk reads another's rows, the gradients' half of the tables is one table's.
@@ -98,6 +99,8 @@ class Storage(NamedTuple):
     """Copies of its own rows that a table keeps beside its values, instead of a snapshot."""
     has_late_gradients: bool = False
     """Whether a table keeps last epoch's gradients too."""
+    is_split: bool = False
+    """Whether backwards leave the weights' gradients for later."""
 
 
 def storage_of(config: Config) -> Storage:
@@ -107,7 +110,11 @@ def storage_of(config: Config) -> Storage:
     history = config.history
     kept = history.is_recalled + (history.predict is not None)
     own = Storage(element_bytes, history.period, config.memory.mode, is_half)
-    return own._replace(kept_copies=kept, has_late_gradients=history.late_gradient > 0)
+    return own._replace(
+        kept_copies=kept,
+        has_late_gradients=history.late_gradient > 0,
+        is_split=config.parallel.schedule == "split_backward",
+    )
 
 
 PLAIN = Storage()
@@ -172,6 +179,8 @@ def predict_memory_bytes(
     largest = way.largest_chunk, math.ceil(way.num_edges * share)
     rerun = max((element_bytes * layer.kept_numbers(*largest) for layer in again), default=0)
     training = activations + messages + rerun + CHUNK_TEMPORARIES * chunk_bytes
+    if storage.is_split:
+        training += element_bytes * left_numbers(layers, way.largest_chunk)
     at_hand = EVALUATION_TEMPORARIES + EVALUATION_CARRIED * (num_tensors - 1)
     evaluation = at_hand * way.num_rows * row_bytes
     if is_first:
@@ -189,6 +198,12 @@ def predict_memory_bytes(
         messages=messages,
         working=max(training, evaluation) - activations - messages,
     )
+
+
+def left_numbers(layers: Sequence[LayerShape], num_rows: int) -> int:
+    """What a split backward of one chunk leaves for the weights: sums, and their gradients."""
+    by_hand = [layer for layer in layers if layer.input_lies_in_table]
+    return num_rows * sum(layer.table_channels + layer.out_channels for layer in by_hand)
 
 
 def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:

@@ -13,7 +13,15 @@ from gnnpipe.schedule import Timeline as Predicted
 from gnnpipe.timeline import Timeline
 
 DOTS_PER_INCH = 100
-COLOURS = {"forward": "#4878a8", "backward": "#e08840", "step": "#50a060", "waiting": "#dcdcdc"}
+ACTION_NAMES = {"forward": "F", "backward": "BI", "weight gradients": "G"}
+"""Kinds of actions by what a picture calls them."""
+COLOURS = {
+    "forward": "#4878a8",
+    "backward": "#e08840",
+    "weight gradients": "#f0c080",
+    "step": "#50a060",
+    "waiting": "#dcdcdc",
+}
 _WHAT, _KIND, _START_S, _END_S = 0, 1, 5, 6
 
 
@@ -47,8 +55,8 @@ def predicted_figure(timeline: Predicted) -> Figure:
     """What every rank would do in an epoch, as the planner simulates it."""
     figure, axes = _figure(11, 1.4 + 0.35 * len(timeline.ranks))
     for rank, spans in enumerate(timeline.ranks):
-        for kind, name in (("F", "forward"), ("B", "backward")):
-            chosen = [span for span in spans if span.action.kind == kind]
+        for name, kinds in ACTION_NAMES.items():
+            chosen = [span for span in spans if span.action.kind in kinds]
             bars = [(span.start_s * 1e3, (span.end_s - span.start_s) * 1e3) for span in chosen]
             _bars(axes, rank, np.array(bars).reshape(-1, 2), name)
     bubble = f"bubble {timeline.bubble_fraction:.3f}"
@@ -104,11 +112,17 @@ def _kinds(events: Array) -> list[tuple[str, Any]]:
     what, kind = events[:, _WHAT], events[:, _KIND]
     is_message = kind < MESSAGE_KINDS.index("ranks")
     return [
-        ("forward", events[(what == ACTION) & (kind == ACTION_KINDS.index("F"))]),
-        ("backward", events[(what == ACTION) & (kind == ACTION_KINDS.index("B"))]),
+        *(
+            (name, events[(what == ACTION) & np.isin(kind, _numbers(kinds))])
+            for name, kinds in ACTION_NAMES.items()
+        ),
         ("step", events[what == STEP]),
         ("waiting", events[(what == WAIT) & is_message]),
     ]
+
+
+def _numbers(kinds: str) -> list[int]:
+    return [ACTION_KINDS.index(kind) for kind in kinds]
 
 
 def _bars(axes: Axes, rank: int, spans: Array, name: str) -> None:

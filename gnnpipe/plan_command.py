@@ -40,6 +40,7 @@ COLUMNS = {
     "W": 4,
     "C": 4,
     "v": 2,
+    "schedule": 14,
     "epoch ms": 11,
     "bubble": 7,
     "sent MB": 11,
@@ -110,7 +111,8 @@ def _plain(cells: tuple[str, ...]) -> str:
 
 def _cells(prediction: Prediction) -> tuple[str, ...]:
     return (
-        *(str(number) for number in prediction.setting),
+        *(str(number) for number in prediction.setting[:4]),
+        prediction.setting.schedule,
         f"{prediction.epoch_s * 1e3:.4g}",
         f"{prediction.bubble_fraction:.3f}",
         f"{sum(prediction.comm_bytes.values()) / 1e6:.4g}",
@@ -127,9 +129,9 @@ def _picture(best: Prediction) -> str:
 
 
 def _verdict(best: Prediction, predictions: Sequence[Prediction]) -> str:
-    S, W, C, v = best.setting
+    S, W, C, v, schedule = best.setting
     why = reason(best, predictions)
-    return f"* {S} stage(s) x {W} way(s), {C} chunk(s), {v} virtual: {why}"
+    return f"* {S} stage(s) x {W} way(s), {C} chunk(s), {v} virtual, {schedule}: {why}"
 
 
 def memory_line(best: Prediction, request: PlanRequest) -> str:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from gnnpipe.costs import Line, Links, Profile, role_of
 from gnnpipe.memory import PLAIN, MemoryBytes, Storage, WayCounts, predict_memory_bytes
-from gnnpipe.schedule import Action, Timeline, fill_drain, simulate, split_layers
+from gnnpipe.schedule import (
+    KINDS,
+    SCHEDULES,
+    Action,
+    ScheduleName,
+    Timeline,
+    simulate,
+    split_layers,
+)
 from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, alike
 from gnnpipe.shapes import LayerShape, num_parameters
 from gnnpipe.volume import crossings, predict_comm_bytes
@@ -58,11 +66,16 @@ class Planner:
         self._ways: dict[int, WayShape] = {}
         self._loads: dict[int, Sequence[tuple[float, float]]] = {}
 
+    @property
+    def schedules(self) -> Sequence[ScheduleName]:
+        """Those that it can predict."""
+        return self._profile.schedules
+
     def predict(self, setting: Setting) -> Prediction:
         """Simulates one epoch."""
         S, v = setting.num_stages, setting.virtual_stages
         costs = [self._layer_s(i, setting) for i in range(len(self._layers))]
-        sizes = split_layers([f + b for f, b in costs], S * v)
+        sizes = split_layers([sum(cost) for cost in costs], S * v)
         bounds = [sum(sizes[:stage]) for stage in range(S * v + 1)]
         steps = min(self._steps, setting.num_chunks)
         timeline = self._timeline(bounds, costs, setting, steps=steps)
@@ -90,16 +103,16 @@ class Planner:
     def _timeline(
         self,
         bounds: Sequence[int],
-        costs: Sequence[tuple[float, float]],
+        costs: Sequence[Sequence[float]],
         setting: Setting,
         *,
         steps: int,
     ) -> Timeline:
         """When every action runs."""
         spent = {
-            (stage, kind): sum(costs[i][kind == "B"] for i in _of(bounds, stage))
+            (stage, kind): sum(costs[i][number] for i in _of(bounds, stage))
             for stage in range(len(bounds) - 1)
-            for kind in "FB"
+            for number, kind in enumerate(KINDS[setting.schedule])
         }
         loads = self._chunk_loads(setting)
         uneven = {key: self._uneven_s(_of(bounds, key[0]), key[1], setting) for key in spent}
@@ -121,7 +134,7 @@ class Planner:
             return self._links.seconds(num_bytes, is_local=is_local)
 
         return simulate(
-            fill_drain(
+            SCHEDULES[setting.schedule](
                 setting.num_stages, setting.num_chunks, setting.virtual_stages, steps=steps
             ),
             duration,
@@ -153,11 +166,13 @@ class Planner:
         here = min(setting.num_ranks, self._links.ranks_per_host)
         return 1.0 if self._cores is None else min(1.0, self._cores / here)
 
-    def _layer_s(self, index: int, setting: Setting) -> tuple[float, float]:
-        """Forward and backward of one chunk through one layer, the halo's wait included."""
+    def _layer_s(self, index: int, setting: Setting) -> list[float]:
+        """Each kind of action of one chunk through one layer, the halo's wait included."""
         halo_s = self._halo_s(index, setting) + self._halo_work_s(index, setting)
-        forward_s, backward_s = (self._compute_s(index, kind, setting) for kind in "FB")
-        return forward_s + halo_s, backward_s + halo_s
+        return [
+            self._compute_s(index, kind, setting) + halo_s * (kind != "G")
+            for kind in KINDS[setting.schedule]
+        ]
 
     def _compute_s(self, index: int, kind: str, setting: Setting) -> float:
         """One layer on a mean chunk, on the slowest way."""
@@ -209,7 +224,7 @@ class Planner:
     def _tail_s(
         self,
         bounds: Sequence[int],
-        costs: Sequence[tuple[float, float]],
+        costs: Sequence[Sequence[float]],
         rank: int,
         setting: Setting,
     ) -> float:
@@ -224,7 +239,7 @@ class Planner:
         is_local = self._links.ranks_per_host >= W
         end_s = link_s = 0.0
         for index in reversed(_of(bounds, rank)):
-            end_s += costs[index][1]
+            end_s += sum(costs[index][1:])
             num_bytes = 2 * (W - 1) / W * num_parameters([self._layers[index]])
             num_bytes *= self._storage.element_bytes
             if num_bytes:
@@ -241,7 +256,8 @@ class Planner:
         cuts = crossings(self._layers, bounds=bounds, num_stages=setting.num_stages)
         row_bytes = rows * self._storage.element_bytes
         for stage, cut in enumerate(cuts):
-            sides = {(stage, "F"): cut.carried_forward, (stage + 1, "B"): cut.carried_backward}
+            back = (stage + 1, KINDS[setting.schedule][1])
+            sides = {(stage, "F"): cut.carried_forward, back: cut.carried_backward}
             for key, carried in sides.items():
                 # Carried tensors are as wide as the rows beside them, or nearly.
                 num_messages = 1 + round(carried / max(1, cut.boundary))
@@ -265,7 +281,7 @@ class Planner:
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> MemoryBytes:
-        S, W, C, v = setting
+        S, W, C, v, _ = setting
         graph, mirrors = self._graph, self._way(W).mirrors
         entries = graph.features.num_entries
         way = WayCounts(
@@ -284,7 +300,7 @@ class Planner:
             way=way,
             features=graph.features._replace(num_entries=entries and entries // W),
             num_chunks=C,
-            storage=self._storage,
+            storage=self._storage._replace(is_split=setting.schedule == "split_backward"),
         )
 
     def _chunk(self, setting: Setting) -> tuple[float, float]:

@@ -122,7 +122,11 @@ def predict_all(
     found = [
         planner.predict(setting)
         for setting in settings(
-            num_ranks, num_layers=num_layers, chunks=chunks, num_nodes=num_nodes
+            num_ranks,
+            num_layers=num_layers,
+            chunks=chunks,
+            num_nodes=num_nodes,
+            schedules=planner.schedules,
         )
     ]
     return sorted(found, key=lambda p: p.epoch_s)
@@ -144,7 +148,11 @@ def auto_plan(
     )
     count = config.partition.num_chunks
     possible = settings(
-        num_ranks, num_layers=len(layers), chunks=[count], num_nodes=graph.num_nodes
+        num_ranks,
+        num_layers=len(layers),
+        chunks=[count],
+        num_nodes=graph.num_nodes,
+        schedules=planner.schedules,
     )
     candidates = {s._replace(num_chunks=count) for s in possible if s.num_ranks == num_ranks}
     return choose([planner.predict(setting) for setting in sorted(candidates)])
@@ -157,6 +165,7 @@ def applied(config: Config, setting: Setting, sizes: Sequence[int]) -> Config:
         plan="manual",
         num_stages=setting.num_stages,
         num_ways=setting.num_ways,
+        schedule=setting.schedule,
         virtual_stages=setting.virtual_stages,
         layers_per_stage=tuple(sizes) if setting.num_stages > 1 else None,
     )

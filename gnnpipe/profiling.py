@@ -64,13 +64,14 @@ def _run(graph: ChunkedGraph, layers: Sequence[Layer], samples: dict[str, list[S
     for number in range(1 + NUM_ROUNDS):
         if number == 1:
             found.clear()  # The first round compiles.
-        for stage in stages:
-            stage.start_epoch(number + 1)
-            stage.start_step()
-        _train(engine, stages, found)
-        for stage in stages:
-            stage.end_step()
-            stage.end_epoch()
+        for is_split in (False, True):
+            for stage in stages:
+                stage.start_epoch(2 * number + is_split + 1)
+                stage.start_step()
+            _train(engine, stages, found, is_split=is_split)
+            for stage in stages:
+                stage.end_step()
+                stage.end_epoch()
         start_s = time.perf_counter()
         optimizer.step()
         step_s = min(step_s, time.perf_counter() - start_s)
@@ -83,9 +84,13 @@ def _run(graph: ChunkedGraph, layers: Sequence[Layer], samples: dict[str, list[S
 
 
 def _train(
-    engine: Engine, stages: Sequence[Stage], found: dict[tuple[int, str, int], list[float]]
+    engine: Engine,
+    stages: Sequence[Stage],
+    found: dict[tuple[int, str, int], list[float]],
+    *,
+    is_split: bool,
 ) -> None:
-    """One epoch, in which every call of a stage is timed."""
+    """One epoch, in which every call of a stage is timed; forwards in the plain schedule only."""
     num_chunks = len(engine.inputs.targets)
     gradients = []
     for chunk in range(num_chunks):
@@ -95,13 +100,18 @@ def _train(
             flow = stage.forward(chunk, flow)
             if stage is stages[-1]:
                 gradients.append(_loss_gradient(engine, chunk, flow))
-            found[index, "F", chunk].append(time.perf_counter() - start_s)
+            if not is_split:
+                found[index, "F", chunk].append(time.perf_counter() - start_s)
     for chunk in reversed(range(num_chunks)):
         flow = Flow(gradients.pop(), {})
         for index, stage in reversed(list(enumerate(stages))):
             start_s = time.perf_counter()
-            flow = stage.backward(chunk, flow)
-            found[index, "B", chunk].append(time.perf_counter() - start_s)
+            flow = stage.backward(chunk, flow, is_split=is_split)
+            end_s = time.perf_counter()
+            found[index, "I" if is_split else "B", chunk].append(end_s - start_s)
+            if is_split:
+                stage.finish_backward(chunk)
+                found[index, "G", chunk].append(time.perf_counter() - end_s)
 
 
 def _loss_gradient(engine: Engine, chunk: int, flow: Flow) -> torch.Tensor:

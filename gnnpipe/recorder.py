@@ -13,7 +13,7 @@ import numpy as np
 ACTION, STEP, WAIT, SEND = range(4)
 """What an event is: an action of the schedule, the optimizer's step, a wait, a send."""
 
-ACTION_KINDS = "FB"
+ACTION_KINDS = "FBIG"
 MESSAGE_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
 
 NUM_FIELDS = 7

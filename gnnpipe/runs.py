@@ -174,6 +174,7 @@ class PipelineRun:
             period=config.history.period,
             cross_chunk_gradient=config.history.cross_chunk_gradient,
             steps=config.training.steps_per_epoch,
+            schedule=parallel.schedule,
             keeping=Keeping(
                 config.history.dropout,
                 config.history.momentum,

@@ -7,7 +7,7 @@ start before the last forward of its stage.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from math import ceil, floor
@@ -24,11 +24,13 @@ class ScheduleError(ValueError):
 class Action(NamedTuple):
     """One unit of work. Prints as ``1F0``: stage 1, forward, chunk 0.
 
-    The chunk is its position in the epoch's order, so a schedule is the same every epoch.
+    A backward is one action, ``B``, or two: ``I`` makes the gradient of the stage's input, ``G``
+    those of its weights. The chunk is its position in the epoch's order, so a schedule is the same
+    every epoch.
     """
 
     stage_index: int
-    kind: Literal["F", "B"]
+    kind: Literal["F", "B", "I", "G"]
     chunk_index: int
 
     def __repr__(self) -> str:
@@ -88,6 +90,44 @@ def fill_drain(
             actions += forwards + [Action(s, "B", k) for s, _, k in reversed(forwards)]
         schedule.append(actions)
     return schedule
+
+
+def split_backward(
+    num_stages: int, num_chunks: int, virtual_stages: int = 1, *, steps: int = 1
+) -> Schedule:
+    """Lists what :func:`fill_drain` does, every backward in two halves.
+
+    The rank before waits for the gradient of a stage's input alone, so that goes first, and the
+    gradients of the weights are made while it travels (Zero Bubble, Qi et al., arXiv 2401.10241).
+    Filling and draining take ``(S - 1) (F + I)`` instead of ``(S - 1) (F + I + G)``. 2 stages, 3
+    chunks::
+
+        clock   0    1    2    3    4    5    6    7    8    9    10
+        rank 0  0F0  0F1  0F2  .    .    0I2  0G2  0I1  0G1  0I0  0G0
+        rank 1  .    1F0  1F1  1F2  1I2  1G2  1I1  1G1  1I0  1G0  .
+    """
+    return [
+        [half for action in actions for half in _halves(action)]
+        for actions in fill_drain(num_stages, num_chunks, virtual_stages, steps=steps)
+    ]
+
+
+def _halves(action: Action) -> list[Action]:
+    if action.kind == "F":
+        return [action]
+    return [action._replace(kind="I"), action._replace(kind="G")]
+
+
+ScheduleName = Literal["fill_drain", "split_backward"]
+
+SCHEDULES: Mapping[ScheduleName, Callable[..., Schedule]] = {
+    "fill_drain": fill_drain,
+    "split_backward": split_backward,
+}
+"""By the name that a configuration gives."""
+
+KINDS: Mapping[ScheduleName, str] = {"fill_drain": "FB", "split_backward": "FIG"}
+"""Kinds of the actions of each; the gradient that another rank waits for comes second."""
 
 
 def split_layers(costs: Sequence[float], num_stages: int) -> list[int]:
@@ -193,6 +233,7 @@ def simulate(
     homes = {a.stage_index: rank for rank, actions in enumerate(schedule) for a in actions}
     link_free_s = [0.0] * len(schedule)
     sent_s: dict[Action, float] = {}  # when a result has left its rank's link
+    is_split = _is_split(schedule)
 
     def arrival_s(needed: Action, rank: int) -> float:
         source, end_s = done[needed]
@@ -201,6 +242,8 @@ def simulate(
         return sent_s[needed] + (transfer(needed) if callable(transfer) else transfer)
 
     def send(action: Action, rank: int, end_s: float) -> None:
+        if action.kind == "G":
+            return
         reader = action.stage_index + (1 if action.kind == "F" else -1)
         if homes.get(reader, rank) != rank:
             busy_s = occupancy(action) if callable(occupancy) else occupancy
@@ -213,7 +256,11 @@ def simulate(
         for rank, actions in enumerate(schedule):
             for action in actions[len(ranks[rank]) :]:
                 needs = dependencies(
-                    action, num_stages=num_stages, num_chunks=num_chunks, steps=steps
+                    action,
+                    num_stages=num_stages,
+                    num_chunks=num_chunks,
+                    steps=steps,
+                    is_split=is_split,
                 )
                 missing = [needed for needed in needs if needed not in done]
                 if missing:
@@ -231,14 +278,15 @@ def simulate(
 
 
 def dependencies(
-    action: Action, *, num_stages: int, num_chunks: int, steps: int = 1
+    action: Action, *, num_stages: int, num_chunks: int, steps: int = 1, is_split: bool = False
 ) -> list[Action]:
     """The actions whose results an action reads.
 
     A forward reads the previous stage's output and the rows of the chunk before (fresh values);
     a backward reads the next stage's gradient, what its forward kept, and the gradient rows
-    that the chunk after it left. The first forward of a step reads weights that the last
-    backward of the step before has changed.
+    that the chunk after it left; the gradients of weights read what the rest of their backward
+    kept. The first forward of a step reads weights that the last backward of the step before has
+    changed.
     """
     stage, kind, chunk = action
     bounds = step_bounds(num_chunks, steps)
@@ -249,14 +297,20 @@ def dependencies(
         if chunk > first:
             needs.append(Action(stage, "F", chunk - 1))
         elif step:
-            needs.append(Action(stage, "B", bounds[step - 1]))
+            needs.append(Action(stage, "G" if is_split else "B", bounds[step - 1]))
         return needs
+    if kind == "G":
+        return [Action(stage, "I", chunk)]
     needs = [Action(stage, "F", chunk)]
     if stage + 1 < num_stages:
-        needs.append(Action(stage + 1, "B", chunk))
+        needs.append(Action(stage + 1, kind, chunk))
     if chunk + 1 < end:
-        needs.append(Action(stage, "B", chunk + 1))
+        needs.append(Action(stage, kind, chunk + 1))
     return needs
+
+
+def _is_split(schedule: Schedule) -> bool:
+    return any(action.kind == "I" for actions in schedule for action in actions)
 
 
 def verify(
@@ -269,6 +323,7 @@ def verify(
     """
     num_ranks = len(schedule)
     bounds = step_bounds(num_chunks, steps)
+    halves = "IG" if _is_split(schedule) else "B"
     reverse = [k for low, high in pairwise(bounds) for k in reversed(range(low, high))]
     for rank, actions in enumerate(schedule):
         stages = range(rank, num_ranks * virtual_stages, num_ranks)
@@ -277,17 +332,18 @@ def verify(
             raise ScheduleError(f"rank {rank} lists {strays[0]}; its stages are {list(stages)}")
         for stage in stages:
             forwards = [k for s, kind, k in actions if (s, kind) == (stage, "F")]
-            backwards = [k for s, kind, k in actions if (s, kind) == (stage, "B")]
             if forwards != list(range(num_chunks)):
                 raise ScheduleError(
                     f"stage {stage} runs forwards of chunks {forwards}; each of the"
                     f" {num_chunks} must run exactly once, in order"
                 )
-            if backwards != reverse:
-                raise ScheduleError(
-                    f"stage {stage} runs backwards of chunks {backwards}; they must be"
-                    f" exactly the forwards reversed, {reverse}"
-                )
+            for wanted in halves:
+                backwards = [k for s, kind, k in actions if (s, kind) == (stage, wanted)]
+                if backwards != reverse:
+                    raise ScheduleError(
+                        f"stage {stage} runs backwards of chunks {backwards}; they must be"
+                        f" exactly the forwards reversed, {reverse}"
+                    )
     simulate(schedule, lambda action: 1.0, steps=steps)
 
 

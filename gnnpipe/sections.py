@@ -184,8 +184,9 @@ class ParallelConfig:
     """Ranks that share the nodes of one stage."""
     virtual_stages: int = 1
     """Stages per rank."""
-    schedule: Literal["fill_drain"] = "fill_drain"
-    """Order of the chunks' forwards and backwards."""
+    schedule: Literal["fill_drain", "split_backward"] = "fill_drain"
+    """All forwards, then all backwards in reverse; split_backward makes and sends the gradient of
+    a stage's input before those of its weights. That gains with wide layers and many stages."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each stage, input and output layer included; null balances their cost."""
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from gnnpipe.errors import UserError
 from gnnpipe.memory import FeatureCounts, MemoryBytes
-from gnnpipe.schedule import Timeline
+from gnnpipe.schedule import ScheduleName, Timeline
 from gnnpipe.volume import MirrorCounts
 
 TIE = 1.02
@@ -19,6 +19,7 @@ class Setting(NamedTuple):
     num_ways: int
     num_chunks: int
     virtual_stages: int
+    schedule: ScheduleName = "fill_drain"
 
     @property
     def num_ranks(self) -> int:
@@ -72,7 +73,12 @@ class Prediction(NamedTuple):
 
 
 def settings(
-    num_ranks: int, *, num_layers: int, chunks: Sequence[int], num_nodes: int
+    num_ranks: int,
+    *,
+    num_layers: int,
+    chunks: Sequence[int],
+    num_nodes: int,
+    schedules: Sequence[ScheduleName] = ("fill_drain",),
 ) -> Iterator[Setting]:
     """All settings for exactly ``num_ranks`` ranks, and one rank alone.
 
@@ -81,6 +87,7 @@ def settings(
         num_layers: layers of the model, input and output included.
         chunks: numbers of chunks to try; a single stage always tries 1, which is exact.
         num_nodes: nodes of the graph, at least one for each chunk of each way.
+        schedules: to try where there is a pipeline.
     """
     yield Setting(1, 1, 1, 1)
     if num_ranks == 1:
@@ -90,7 +97,8 @@ def settings(
         for C in sorted({1, *chunks} if S == 1 else set(chunks)):
             for v in (1, 2, 4) if S > 1 else (1,):
                 if v * S <= num_layers and num_nodes >= C * W:
-                    yield Setting(S, W, C, v)
+                    for schedule in schedules if S > 1 else schedules[:1]:
+                        yield Setting(S, W, C, v, schedule)
 
 
 def choose(predictions: Sequence[Prediction], *, memory_bytes: float | None = None) -> Prediction:

@@ -78,6 +78,7 @@ class Stage:
         self._precision = precision
         self._epoch = 0
         self._records: dict[int, list[Record | Recipe | OnChunk]] = {}
+        self._later: dict[int, list[Callable[[], None]]] = {}
         self.by_hand = self._by_hand(Shared(halo, seed, factor, precision == "bf16", Buffers()))
         """Layers that run without autograd, by layer index."""
 
@@ -138,6 +139,7 @@ class Stage:
         if not has_backward:
             self._records.clear()
         assert not self._records, "chunks without a backward"
+        assert not self._later, "backwards without their second half"
         for local in self.layers:
             for moments in local.norms.values():
                 moments.end_step()
@@ -187,7 +189,12 @@ class Stage:
             return on_chunk, on_chunk.forward(x, None if name is None else carried[name], out)
 
     def _backward_by_hand(
-        self, local: LocalLayer, on_chunk: OnChunk, dx: Tensor, carried: dict[str, Tensor]
+        self,
+        local: LocalLayer,
+        on_chunk: OnChunk,
+        dx: Tensor,
+        carried: dict[str, Tensor],
+        later: list[Callable[[], None]] | None,
     ) -> Tensor:
         index, shape = local.layer_index, (dx.shape[0], local.layer.in_channels)
         before = self.by_hand.get(index - 1)
@@ -197,7 +204,7 @@ class Stage:
             else:
                 out = dx.new_empty(shape)
             name = self.by_hand[index].affine.carried
-            dx, to_carried = on_chunk.backward(dx, out)
+            dx, to_carried = on_chunk.backward(dx, out, later)
             if name is not None:
                 assert to_carried is not None
                 _add(carried, name, to_carried)
@@ -254,6 +261,7 @@ class Stage:
         gradient: Flow,
         *,
         layer_done: Callable[[LocalLayer], None] | None = None,
+        is_split: bool = False,
     ) -> Flow:
         """Adds the chunk's parameter gradients; returns the gradient of the forward's input.
 
@@ -261,7 +269,11 @@ class Stage:
             chunk_index: a chunk whose forward has run.
             gradient: of the forward's result; carried tensors without a reader are missing.
             layer_done: called after each layer's backward, last layer first.
+            is_split: leave to :meth:`finish_backward` the gradients of weights that can be made
+                apart, those of layers that run by hand.
         """
+        assert not self._later, "a backward before the last one's second half"
+        later = self._later.setdefault(chunk_index, []) if is_split else None
         dx, carried = gradient.x, dict(gradient.carried)
         records = self._records.pop(chunk_index)
         for local in reversed(self.layers):
@@ -270,12 +282,27 @@ class Stage:
             if isinstance(record, Recipe):
                 record = self._again(local, chunk_index, record)
             if isinstance(record, OnChunk):
-                dx = self._backward_by_hand(local, record, dx, carried)
+                dx = self._backward_by_hand(local, record, dx, carried, later)
             else:
                 dx = _backward_by_autograd(local, record, dx, carried)
             if layer_done is not None:
                 layer_done(local)
         return Flow(dx, carried)
+
+    def finish_backward(
+        self, chunk_index: int, *, layer_done: Callable[[LocalLayer], None] | None = None
+    ) -> None:
+        """Adds the gradients that a split backward has left.
+
+        Args:
+            chunk_index: of that backward.
+            layer_done: called for each layer, last layer first.
+        """
+        for add in self._later.pop(chunk_index):
+            add()
+        if layer_done is not None:
+            for local in reversed(self.layers):
+                layer_done(local)
 
     def _again(self, local: LocalLayer, chunk_index: int, recipe: Recipe) -> Record:
         """Runs a layer on a chunk as its forward ran."""

@@ -50,7 +50,11 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
         "training": {"lr": 0.01, "weight_decay": 5e-4} | TRAINING,
         "kernels": {"backend": "auto"},
         "memory": {"mode": "keep"},
-        "parallel": {"virtual_stages": 1, "layers_per_stage": None},
+        "parallel": {
+            "virtual_stages": 1,
+            "layers_per_stage": None,
+            "order_of_actions": "fill_drain",
+        },
         "history": {
             "period": 1,
             "warm_start": "exact",
@@ -69,7 +73,8 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
     for key, value in changes.items():
         (section,) = [section for section in values.values() if key in section]
         section[key] = value
-    history = values["history"]
+    parallel, history = values["parallel"], values["history"]
+    parallel["schedule"] = parallel.pop("order_of_actions")
     history["dropout"] = history.pop("keeps_dropout")
     history["momentum"] = history.pop("history_momentum")
     history["dtype"] = history.pop("history_dtype")

@@ -8,6 +8,7 @@ from drawn import woven
 from one_process import gradients_of, losses, pipeline, settings, striped
 from torch import Tensor, nn
 
+from gnnpipe.memory import left_numbers
 from gnnpipe.models.convolution import affine_of
 from gnnpipe.models.gcn import GCNLayer
 from gnnpipe.models.layer import GraphView
@@ -53,6 +54,55 @@ def test_by_hand_is_what_autograd_computes(
     assert one[2] == other[2]
     for key, gradient in one[1].items():
         torch.testing.assert_close(gradient, other[1][key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="as it is"),
+        pytest.param({"mode": "recompute"}, id="recomputed"),
+        pytest.param({"virtual_stages": 2, "steps_per_epoch": 2}, id="stages and steps"),
+        pytest.param({"precision": "bf16"}, id="rounded"),
+    ],
+)
+@pytest.mark.parametrize("num_chunks", [1, 4])
+@pytest.mark.parametrize("name", [*BY_HAND, "resgcn+", "gat"])
+def test_split_backwards_are_whole_ones_to_the_bit(
+    name: str, num_chunks: int, changes: dict[str, Any]
+) -> None:
+    if num_chunks == 1:
+        changes = {**changes, "steps_per_epoch": 1}
+    graph, found = woven(is_directed=True), []
+    for order in ("fill_drain", "split_backward"):
+        config = settings(name, dtype="float32", order_of_actions=order, **changes)
+        run = pipeline(graph, config, striped(graph, num_chunks))
+        found.append((losses(run, 3), gradients_of(run)))
+    (whole, wanted), (split, gradients) = found
+    assert split == whole
+    assert all(torch.equal(gradients[key], gradient) for key, gradient in wanted.items())
+
+
+def test_split_backwards_leave_weights_for_later() -> None:
+    graph = woven()
+    run = pipeline(graph, settings("sage", order_of_actions="split_backward"), striped(graph, 3))
+    (stage,) = stages_of(run)
+    came: list[set[str]] = []
+    finish = stage.finish_backward
+
+    layers, left = [local.layer for local in stage.layers], []
+
+    def watched(chunk_index: int, **options: Any) -> None:
+        kept = [numbers for add in stage._later[chunk_index] for numbers in add.args]
+        left.append(sum(numbers.numel() for numbers in kept))
+        assert left[-1] == left_numbers(layers, kept[0].shape[0])
+        before = gradients_of(run).keys()
+        finish(chunk_index, **options)
+        came.append({key.split(".")[1] for key in gradients_of(run).keys() - before})
+
+    stage.finish_backward = watched
+    run.train_epoch(1)
+    assert came == [{"1", "2", "3"}, set(), set()]
+    assert min(left) > 0
 
 
 @pytest.mark.parametrize("name", BY_HAND)

@@ -119,6 +119,7 @@ def test_published_method_and_uneven_stages_are_bit_equal_too(
     run = run_of(graphs, "gcnii", num_chunks=8)
     run += ["history.period=2", "history.warm_start=zeros", "training.weight_decay=0"]
     table = on_each_mesh(run, (1, 1, 1), (4, 1, 1))
+    table["split"] = [*table["S4v1W1"], "parallel.schedule=split_backward"]
     table["uneven"] = [*table["S4v1W1"], "parallel.layers_per_stage=[1, 5, 1, 1]"]
     assert_bit_equal(train_all(pool, tmp_path, table))
 

@@ -76,6 +76,33 @@ def test_even_stages_have_the_ideal_bubble(S: int, C: int, v: int) -> None:
     assert found.sizes == found.sizes[::-1] or sum(found.sizes) == 10
 
 
+def split_per_row(seconds: float) -> Profile:
+    """:func:`per_row` whose backward may be split in two equal halves."""
+    plain, none = per_row(seconds), Line(0.0, 0.0, 0.0)
+    lines = {f"{role} {kind}": none for role in ("input", "output") for kind in "IG"}
+    lines |= {f"convolution {kind}": Line(0.0, seconds, 0.0) for kind in "IG"}
+    return plain._replace(lines={**plain.lines, **lines})
+
+
+def test_a_split_backward_is_predicted_where_it_was_measured() -> None:
+    made, plain = planner(profile=split_per_row(1e-6)), planner()
+    assert (made.schedules, plain.schedules) == (["fill_drain", "split_backward"], ["fill_drain"])
+    S, C, chunk_s = 4, 8, 2 * 1e-6 * 1000 / 8  # 2 layers a stage
+    whole = made.predict(Setting(S, 1, C, 1))
+    split = made.predict(Setting(S, 1, C, 1, "split_backward"))
+    assert whole.epoch_s == pytest.approx((C + S - 1) * 3 * chunk_s)
+    assert split.epoch_s == pytest.approx(whole.epoch_s - (S - 1) * chunk_s)
+    assert split.sizes == whole.sizes
+    tried: dict[str, Any] = {"chunks": [C], "num_layers": 10, "num_nodes": 1000}
+    found = predict_all(made, 4, **tried)
+    assert {p.setting.schedule for p in found if p.setting.num_stages == 1} == {"fill_drain"}
+    piped = [p for p in found if p.setting.num_stages == S]
+    assert choose(piped).setting.schedule == "split_backward"
+    assert {p.setting.schedule for p in predict_all(plain, 4, **tried)} == {"fill_drain"}
+    config = load_config(None, ["model.name=gcn", "model.num_layers=8"])
+    assert applied(config, split.setting, split.sizes).parallel.schedule == "split_backward"
+
+
 def test_ways_share_rows_and_wait_for_what_they_mirror() -> None:
     alone = planner().predict(Setting(1, 2, 1, 1))
     assert alone.epoch_s == pytest.approx(8 * 3e-3 / 2)

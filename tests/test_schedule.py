@@ -6,6 +6,7 @@ from collections import Counter
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, pairwise, permutations
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from gnnpipe.schedule import (
     draw,
     fill_drain,
     simulate,
+    split_backward,
     split_layers,
     verify,
 )
@@ -31,9 +33,8 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 3))  # S,
 def parse(text: str) -> Schedule:
     """Reads what a schedule prints: a line for each rank."""
     lines = [line.split() for line in text.strip().splitlines()]
-    return [
-        [Action(int(w[0]), "F" if w[1] == "F" else "B", int(w[2:])) for w in ws] for ws in lines
-    ]
+    kinds: dict[str, Literal["F", "B", "I", "G"]] = {"F": "F", "B": "B", "I": "I", "G": "G"}
+    return [[Action(int(w[0]), kinds[w[1]], int(w[2:])) for w in ws] for ws in lines]
 
 
 def texts(schedule: Schedule) -> list[list[str]]:
@@ -279,6 +280,44 @@ def test_simulated_times_are_longest_paths(
     }
 
 
+def test_split_backward_two_ranks_two_virtual_stages() -> None:
+    assert split_backward(2, 2, 2) == parse("""
+        0F0 0F1 2F0 2F1 2I1 2G1 2I0 2G0 0I1 0G1 0I0 0G0
+        1F0 1F1 3F0 3F1 3I1 3G1 3I0 3G0 1I1 1G1 1I0 1G0
+    """)
+
+
+def test_the_split_drawing_in_the_documentation_is_what_is_simulated() -> None:
+    documented = [line.strip() for line in (split_backward.__doc__ or "").splitlines()]
+    for line in draw(simulate(split_backward(2, 3), one_second)).splitlines():
+        assert line in documented
+
+
+@given(SIZES)
+def test_split_backward_computes_a_whole_step(sizes: tuple[int, int, int]) -> None:
+    num_stages, num_chunks, virtual_stages = sizes
+    for steps in {1, num_chunks, max(1, num_chunks // 2)}:
+        schedule = split_backward(num_stages, num_chunks, virtual_stages, steps=steps)
+        verify(schedule, num_chunks=num_chunks, virtual_stages=virtual_stages, steps=steps)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+def test_a_split_backward_saves_the_weight_gradients_of_the_drain(num_stages: int) -> None:
+    S, C, lasts = num_stages, 16, {"F": 3.0, "B": 6.0, "I": 4.0, "G": 2.0}
+    whole, split = (
+        simulate(schedule(S, C), lambda action: lasts[action.kind])
+        for schedule in (fill_drain, split_backward)
+    )
+    assert whole.makespan_s - split.makespan_s == (S - 1) * lasts["G"]
+    assert split.bubble_fraction <= whole.bubble_fraction
+
+
+def test_weights_gradients_are_not_sent() -> None:
+    # Sending takes a rank's link as long as an action; a link used by G's would be the slowest.
+    timeline = simulate(split_backward(2, 3), one_second, occupancy=1.0)
+    assert timeline.makespan_s == 3 + 1 + 1 + 1 + 1 + 6
+
+
 def test_what_each_action_reads() -> None:
     def needs(action: Action) -> list[str]:
         return [repr(n) for n in dependencies(action, num_stages=3, num_chunks=3)]
@@ -287,6 +326,10 @@ def test_what_each_action_reads() -> None:
     assert needs(Action(1, "F", 1)) == ["0F1", "1F0"]
     assert needs(Action(2, "B", 2)) == ["2F2"]
     assert needs(Action(1, "B", 1)) == ["1F1", "2B1", "1B2"]
+    assert needs(Action(1, "I", 1)) == ["1F1", "2I1", "1I2"]
+    assert needs(Action(1, "G", 1)) == ["1I1"]
+    later = dependencies(Action(1, "F", 2), num_stages=2, num_chunks=3, steps=2, is_split=True)
+    assert [repr(needed) for needed in later] == ["0F2", "1G0"]
 
 
 def test_deadlock_names_where_each_rank_waits() -> None:
@@ -324,6 +367,9 @@ def test_an_empty_schedule_takes_no_time() -> None:
         ("0F1 0F0 0B0 0B1\n1F1 1F0 1B0 1B1", r"stage 0 runs forwards of chunks \[1, 0\]"),
         ("0F0 0F1 0B1 0B0\n1F0 1F1 1B0 1B1", r"stage 1 runs backwards of chunks \[0, 1\]; they"),
         ("0F0 0F1 0B1 0B0\n1F0 1F1 1B1", r"stage 1 runs backwards of chunks \[1\]; they must be"),
+        ("0F0 0F1 0I1 0G1 0I0\n1F0 1F1 1I1 1G1 1I0 1G0", r"backwards of chunks \[1\]; they"),
+        ("0F0 0F1 0I1 0I0 0G0 0G1\n1F0 1F1 1I1 1G1 1I0 1G0", r"backwards .* \[0, 1\]"),
+        ("0F0 0F1 0G1 0I1 0I0 0G0\n1F0 1F1 1I1 1G1 1I0 1G0", "rank 0 waits at 0G1 for 0I1"),
         ("0F0 0F1 0B1 0B0\n1F0 1B1 1F1 1B0", "deadlocks: .*rank 1 waits at 1B1 for 1F1"),
     ],
 )
