@@ -165,7 +165,7 @@ MISTAKES = [
     ("model={name: gat, heads: 0}", r"`model.heads` \(=0\) must be at least 1"),
     ("model={name: gat, heads: 7}", r"`model.heads` \(=7\) must divide `model.hidden_channels`"),
     ("parallel.num_stages=0", r"`parallel.num_stages` \(=0\) must be at least 1"),
-    ("parallel.schedule=1f1b", r"`parallel.schedule` \(=1f1b\) must be one of fill_drain, split_backward"),
+    ("parallel.schedule=1f1b", r"\(=1f1b\) must be one of fill_drain, split_backward"),
     ("parallel.num_stages=35", r"\(=35\) must be at most `model.num_layers` \+ 2 \(=34\)"),
     ("parallel={num_stages: 5, virtual_stages: 7}", r"\(=35\) must be at most"),
     ("parallel.layers_per_stage=[33]", r"must hold 1 numbers .* with the sum 34"),
