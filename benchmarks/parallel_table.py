@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gnnpipe.setting import Setting
+
 LABELS = ("graph", "pipeline", "interleaved", "hybrid", "planner")
 POINTS = 5
 """A measured bubble may be that many points above the simulator's."""
@@ -51,8 +53,7 @@ def _times(line: Line) -> Iterator[str]:
     yield f"{_time(line, 'graph', 'pipeline'):.2f}"
     yield f"{_time(line, 'graph', 'planner'):.2f}"
     yield f"{_bytes(line):.2f}"
-    S, W, C, v = line["planner"]["setting"]
-    yield f"{S} x {W}, C {C}, v {v}"
+    yield _setting(line["planner"])
 
 
 def _errors(lines: Sequence[Line]) -> str:
@@ -98,10 +99,11 @@ def _overlap(lines: Sequence[Line]) -> str:
     for line in lines:
         cells = []
         for label in ("pipeline", "interleaved"):
-            found, (S, _, C, v) = line[label], line[label]["setting"]
+            found, setting = line[label], Setting(*line[label]["setting"])
             link_s = found["most_bytes"] * 8e-6 / line["mbit"]
             ratio = found["epoch_s"] / max(found["busiest_s"], link_s)
-            limit = SLACK + (S - 1) / (v * C)
+            ideal = (setting.num_stages - 1) / (setting.virtual_stages * setting.num_chunks)
+            limit = SLACK + ideal
             met.append(ratio <= limit)
             cells.append(f"{ratio:.2f} ({limit:.2f})")
         text += _row([line["cell"], *cells])
@@ -182,8 +184,8 @@ def _ms(found: Line) -> str:
 
 
 def _setting(found: Line) -> str:
-    S, W, C, v = found["setting"]
-    return f"{S} x {W}, C {C}, v {v}"
+    S, W, C, v, schedule = Setting(*found["setting"])
+    return f"{S} x {W}, C {C}, v {v}" + (", split" if schedule == "split_backward" else "")
 
 
 def _time(line: Line, one: str, other: str) -> float:
