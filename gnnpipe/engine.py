@@ -180,14 +180,15 @@ class Engine:
             start_s = time.perf_counter()
             stage_index, kind, position = action
             self._comm.during(repr(action), epoch, stage_index, ord(kind), position)
-            if kind == "G":
-                is_last = position == low  # backwards run in reverse
-                done = self._layer_done(number) if is_last else None
-                self.stages[stage_index].finish_backward(order[position], layer_done=done)
-            elif kind == "F":
-                loss += self._forward(action, order[position], inbox, total=total)
+            chunk = order[position]
+            is_complete = position == low and kind in "BG"  # backwards run in reverse
+            done = self._layer_done(number) if is_complete else None
+            if kind == "F":
+                loss += self._forward(action, chunk, inbox, total=total)
+            elif kind == "G":
+                self.stages[stage_index].finish_backward(chunk, layer_done=done)
             else:
-                self._backward(action, order[position], inbox, step=number, first=low)
+                self._backward(action, chunk, inbox, layer_done=done)
             end_s = time.perf_counter()
             self._comm.recorder.action(kind, stage_index, position, start_s=start_s, end_s=end_s)
         return loss
@@ -324,17 +325,19 @@ class Engine:
         return float(loss)
 
     def _backward(
-        self, action: Action, chunk: int, inbox: Inbox, *, step: int, first: int
+        self,
+        action: Action,
+        chunk: int,
+        inbox: Inbox,
+        *,
+        layer_done: Callable[[LocalLayer], None] | None,
     ) -> None:
         if action.stage_index == self._last:
             flow = Flow(self._loss_gradients.pop(chunk), {})
         else:
             flow = self._obtain(action, inbox)
-
-        is_split = action.kind == "I"
-        is_done = action.chunk_index == first and not is_split  # backwards run in reverse
         gradient = self.stages[action.stage_index].backward(
-            chunk, flow, layer_done=self._layer_done(step) if is_done else None, is_split=is_split
+            chunk, flow, layer_done=layer_done, is_split=action.kind == "I"
         )
         if action.stage_index > 0:
             previous = action._replace(stage_index=action.stage_index - 1)

@@ -111,8 +111,7 @@ def _plain(cells: tuple[str, ...]) -> str:
 
 def _cells(prediction: Prediction) -> tuple[str, ...]:
     return (
-        *(str(number) for number in prediction.setting[:4]),
-        prediction.setting.schedule,
+        *(str(part) for part in prediction.setting),
         f"{prediction.epoch_s * 1e3:.4g}",
         f"{prediction.bubble_fraction:.3f}",
         f"{sum(prediction.comm_bytes.values()) / 1e6:.4g}",

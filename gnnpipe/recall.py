@@ -78,10 +78,7 @@ class Recall:
             parts = ((x - last) * step).sum(dtype=torch.float64), step.square().sum().double()
             self.sums += torch.stack(parts).cpu()
             self.before[rows] = last
-        if self._momentum:
-            last.lerp_(x, 1.0 - self._momentum)
-        else:
-            last.copy_(x)
+        _keep(last, x, self._momentum)
 
     def fit(self, sums: Tensor) -> None:
         """Takes the slope from :attr:`sums`, added up over all ways."""
@@ -149,7 +146,12 @@ class LateGradients:
 
     def take(self, gradients: Tensor, rows: slice) -> None:
         """Keeps rows for the next step that does not compute them first."""
-        if self._momentum:
-            self.rows[rows].lerp_(gradients[rows], 1.0 - self._momentum)
-        else:
-            self.rows[rows] = gradients[rows]
+        _keep(self.rows[rows], gradients[rows], self._momentum)
+
+
+def _keep(kept: Tensor, new: Tensor, momentum: float) -> None:
+    """Takes new rows into the kept ones, in place."""
+    if momentum:
+        kept.lerp_(new, 1.0 - momentum)
+    else:
+        kept.copy_(new)

@@ -289,10 +289,8 @@ class HistoryConfig:
         rule = "must be between 0 (none) and 1 (undamped)"
         is_share = 0 <= self.late_gradient <= 1
         require(is_share, "history.late_gradient", self.late_gradient, rule)
-        momentum, rule = (
-            self.late_gradient_momentum,
-            "must be at least 0 and below 1; 0 keeps the newest gradient",
-        )
+        momentum = self.late_gradient_momentum
+        rule = "must be at least 0 and below 1; 0 keeps the newest gradient"
         require(0 <= momentum < 1, "history.late_gradient_momentum", momentum, rule)
         rule = "needs `history.late_gradient` above 0; set that, or leave this out"
         is_used = not momentum or self.late_gradient > 0

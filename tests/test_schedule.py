@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, pairwise, permutations
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from gnnpipe.errors import UserError
 from gnnpipe.order import chunk_order, step_bounds
 from gnnpipe.schedule import (
+    SCHEDULES,
     Action,
     Schedule,
     ScheduleError,
@@ -132,10 +134,14 @@ def test_fill_drain_one_stage_one_chunk() -> None:
     assert fill_drain(1, 1) == parse("0F0 0B0")
 
 
-@pytest.mark.parametrize("virtual_stages", [1, 2])
-def test_the_drawings_in_the_documentation_are_what_is_simulated(virtual_stages: int) -> None:
-    drawing = draw(simulate(fill_drain(2, 3, virtual_stages), one_second))
-    documented = [line.strip() for line in (fill_drain.__doc__ or "").splitlines()]
+@pytest.mark.parametrize(
+    ("schedule", "virtual_stages"), [(fill_drain, 1), (fill_drain, 2), (split_backward, 1)]
+)
+def test_the_drawings_in_the_documentation_are_what_is_simulated(
+    schedule: Callable[..., Schedule], virtual_stages: int
+) -> None:
+    drawing = draw(simulate(schedule(2, 3, virtual_stages), one_second))
+    documented = [line.strip() for line in (schedule.__doc__ or "").splitlines()]
     for line in drawing.splitlines():
         assert line in documented
 
@@ -184,11 +190,14 @@ def test_a_step_waits_for_the_weights_of_the_one_before() -> None:
         verify(early, num_chunks=4, steps=2)
 
 
-@given(SIZES)
-def test_fill_drain_computes_a_whole_step(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("made", SCHEDULES.values())
+@given(sizes=SIZES)
+def test_every_schedule_computes_a_whole_step(
+    made: Callable[..., Schedule], sizes: tuple[int, int, int]
+) -> None:
     num_stages, num_chunks, virtual_stages = sizes
     for steps in {1, num_chunks, max(1, num_chunks // 2)}:
-        schedule = fill_drain(num_stages, num_chunks, virtual_stages, steps=steps)
+        schedule = made(num_stages, num_chunks, virtual_stages, steps=steps)
         verify(schedule, num_chunks=num_chunks, virtual_stages=virtual_stages, steps=steps)
 
 
@@ -285,20 +294,6 @@ def test_split_backward_two_ranks_two_virtual_stages() -> None:
         0F0 0F1 2F0 2F1 2I1 2G1 2I0 2G0 0I1 0G1 0I0 0G0
         1F0 1F1 3F0 3F1 3I1 3G1 3I0 3G0 1I1 1G1 1I0 1G0
     """)
-
-
-def test_the_split_drawing_in_the_documentation_is_what_is_simulated() -> None:
-    documented = [line.strip() for line in (split_backward.__doc__ or "").splitlines()]
-    for line in draw(simulate(split_backward(2, 3), one_second)).splitlines():
-        assert line in documented
-
-
-@given(SIZES)
-def test_split_backward_computes_a_whole_step(sizes: tuple[int, int, int]) -> None:
-    num_stages, num_chunks, virtual_stages = sizes
-    for steps in {1, num_chunks, max(1, num_chunks // 2)}:
-        schedule = split_backward(num_stages, num_chunks, virtual_stages, steps=steps)
-        verify(schedule, num_chunks=num_chunks, virtual_stages=virtual_stages, steps=steps)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
