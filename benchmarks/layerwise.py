@@ -88,7 +88,7 @@ class Layerwise:
                     memory.layer_index = local.layer_index
                     self.tables[id(local.table)] = memory
             stage._reader = self._reader  # type: ignore[method-assign]
-            stage.by_hand.clear()  # Every layer has to ask that reader.
+            stage.run_by_autograd()  # Every layer has to ask that reader.
         self._operator = {
             id(local.table): (local.layer.operator, local.cells.chunks[0])
             for stage in self.run.engine.stages.values()

@@ -157,7 +157,7 @@ class SleptStage:
         chunk_index: int,
         gradient: Flow,
         *,
-        layer_done: Callable[[LocalLayer], None] | None = None,
+        layer_done: Callable[[int], None] | None = None,
         is_split: bool = False,
     ) -> Flow:
         """The same in reverse."""
@@ -171,14 +171,14 @@ class SleptStage:
                 carried.pop(name, None)
             if layer_done is not None:
                 self._sleeper.settle()
-                layer_done(local)
+                layer_done(local.layer_index)
         self._sleeper.settle()
         first = self.layers[0]
         width = first.layer.in_channels if first.layer_index else 0
         return Flow(torch.zeros(num_rows, width), carried)
 
     def finish_backward(
-        self, chunk_index: int, *, layer_done: Callable[[LocalLayer], None] | None = None
+        self, chunk_index: int, *, layer_done: Callable[[int], None] | None = None
     ) -> None:
         """Sleeps the weights' gradients."""
         for local in reversed(self.layers):
@@ -187,7 +187,7 @@ class SleptStage:
         self._sleeper.settle()
         if layer_done is not None:
             for local in reversed(self.layers):
-                layer_done(local)
+                layer_done(local.layer_index)
 
     def _line(self, local: LocalLayer, kind: str) -> Line:
         role = role_of(local.layer_index, self._shape.num_layers)

@@ -18,6 +18,7 @@ from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
 from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
+from gnnpipe.kernels.graphs import CudaGraphs
 from gnnpipe.losses import Targets
 from gnnpipe.models.layer import Layer
 from gnnpipe.models.norm import NodeNorm
@@ -50,6 +51,8 @@ class Plan(NamedTuple):
     """None is single labels without weights."""
     backend: str | None = None
     """What sums over neighbours, ``numba`` or ``torch``; None chooses by the device."""
+    replays: bool = False
+    """Whether a chunk's kernels are captured once and launched together."""
     precision: str = "fp32"
     """Of dense products in training: ``fp32``, as everything else is computed, or ``bf16``."""
     history_dtype: torch.dtype | None = None
@@ -125,6 +128,7 @@ def build_engine(
             factor=plan.cross_chunk_gradient,
             mode=plan.memory,
             precision=plan.precision,
+            capture=CudaGraphs() if plan.replays else None,
         )
     # Rounded rows are rounded at every cut, so that numbers do not depend on who has which stage.
     held_by = mesh.num_stages if comm.formats.carried == "fp32" else 1

@@ -15,10 +15,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gnnpipe.cell import Cell
-from gnnpipe.counter import stream_key
+from gnnpipe.cell import Cell, Cells
+from gnnpipe.counter import signed, stream_key
 from gnnpipe.history import Table
 from gnnpipe.kernels import drop_rows, keep_where, multiply, rectify
 from gnnpipe.models.convolution import Affine
@@ -65,6 +65,8 @@ class Shared(NamedTuple):
     is_half: bool
     """Whether products round their operands to bfloat16."""
     buffers: Buffers
+    is_captured: bool = False
+    """Whether what changes between epochs stands in tensors that stay where they are."""
 
 
 class ByHand:
@@ -73,31 +75,65 @@ class ByHand:
     Args:
         affine: what the layer is.
         table: its table.
+        cells: its chunks.
         shared: with the other layers of the stage.
         layer_index: its place in the model.
         dropout: of its input.
     """
 
     def __init__(
-        self, affine: Affine, table: Table, shared: Shared, *, layer_index: int, dropout: float
+        self,
+        affine: Affine,
+        table: Table,
+        cells: Cells,
+        shared: Shared,
+        *,
+        layer_index: int,
+        dropout: float,
     ) -> None:
         self.affine = affine
         self.table = table
+        self.cells = cells
         self.shared = shared
+        self.layer_index = layer_index
         self.dropout = dropout
-        self.key = 0
+        self.key: int | Tensor = 0
         """Of the epoch's dropout."""
-        self._layer_index = layer_index
         self._on_chunks: dict[int, OnChunk] = {}
         self._matrix: Tensor | None = None
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        """Gradients of the weights, where they are captured."""
 
     def start_epoch(self, epoch: int) -> None:
         """Epochs count from 1."""
-        self.key = stream_key(self.shared.seed, epoch, self._layer_index, 0)
+        key = stream_key(self.shared.seed, epoch, self.layer_index, 0)
+        if not self.shared.is_captured:
+            self.key = key
+        elif isinstance(self.key, Tensor):
+            self.key.fill_(signed(key))
+        else:
+            self.key = torch.tensor(signed(key), device=self.table.values.device)
 
+    @torch.no_grad()
     def start_step(self) -> None:
         """Weights have changed."""
-        self._matrix = None
+        if not self.shared.is_captured:
+            self._matrix = None
+            return
+        if self._matrix is not None and self.affine.beta is not None:  # Else it is a view.
+            self._matrix.copy_(self.affine.matrix())
+        for parameter in self.affine.parameters:
+            if parameter.requires_grad:
+                if parameter not in self._sums:
+                    self._sums[parameter] = torch.zeros_like(parameter)
+                parameter.grad = self._sums[parameter].zero_()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether a chunk does the same in every epoch, on this rank alone."""
+        table, whole = self.table, self.cells.whole
+        is_alone = not whole.in_exchanges and not whole.out_exchanges
+        return is_alone and table.drift is None and table.recall is None
 
     @property
     def matrix(self) -> Tensor:
@@ -106,21 +142,20 @@ class ByHand:
             self._matrix = self.affine.matrix()
         return self._matrix
 
-    def on(self, cell: Cell) -> "OnChunk":
+    def on(self, chunk_index: int) -> "OnChunk":
         """The layer on one chunk."""
-        chunk = cell.place[0]
-        if chunk not in self._on_chunks:
-            self._on_chunks[chunk] = OnChunk(self, cell)
-        return self._on_chunks[chunk]
+        if chunk_index not in self._on_chunks:
+            self._on_chunks[chunk_index] = OnChunk(self, self.cells.chunks[chunk_index])
+        return self._on_chunks[chunk_index]
 
-    def rows(self, cell: Cell, *, like: Tensor) -> Tensor:
-        """Where the result for a cell goes, and its gradient."""
-        num_rows, channels = cell.rows.stop - cell.rows.start, self.affine.out_channels
-        return self.shared.buffers.rows(self._layer_index, num_rows, channels, like=like)
+    def rows(self, *, like: Tensor) -> Tensor:
+        """Where the result for a chunk goes, and its gradient; ``like`` has as many rows."""
+        num_rows, channels = like.shape[0], self.affine.out_channels
+        return self.shared.buffers.rows(self.layer_index, num_rows, channels, like=like)
 
     def left(self, name: str, like: Tensor) -> Tensor:
         """Where a backward leaves rows for the weights."""
-        return self.shared.buffers.left(self._layer_index, name, like=like)
+        return self.shared.buffers.left(self.layer_index, name, like=like)
 
 
 class OnChunk:
@@ -134,7 +169,6 @@ class OnChunk:
         self._values = alias(table.values, cell.rows)
         self._sums = alias(table.gradients, cell.rows)
         self._mask: Tensor | None = None
-        self._carried: Tensor | None = None
 
     @property
     def _rows(self) -> Tensor:
@@ -157,27 +191,31 @@ class OnChunk:
             node_id, place = self._cell.node_id, reader.own_rows(x)
             x = drop_rows(x, node_id, p=hand.dropout, key=hand.key, out=place)
         wait = reader.write(x)
-        self._carried = carried
         reader.sum(wait, self._sums)
-        self._mix()
+        self._mix(carried)
         multiply(self._sums, hand.matrix, out=out, base=affine.bias, is_half=is_half)
         if affine.rows is not None:
             multiply(self._rows, affine.rows.t(), out=out, base=out, is_half=is_half)
         self._mask = rectify(out, self._mask)
         return out
 
-    def _mix(self) -> None:
-        if self._carried is not None:
-            self._sums.lerp_(self._carried, self._by_hand.affine.share)
+    def _mix(self, carried: Tensor | None) -> None:
+        if carried is not None:
+            self._sums.lerp_(carried, self._by_hand.affine.share)
 
     @torch.no_grad()
     def backward(
-        self, grad: Tensor, out: Tensor, later: list[Callable[[], None]] | None = None
+        self,
+        grad: Tensor,
+        carried: Tensor | None,
+        out: Tensor,
+        later: list[Callable[[], None]] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Adds the gradients of the weights.
 
         Args:
             grad: of the result; it may lie where results do, and is overwritten there.
+            carried: as in the forward.
             out: where the gradient of the input goes, ``[num_rows, in_channels]``.
             later: takes what will add the gradients of the weights; None adds them here.
 
@@ -186,11 +224,11 @@ class OnChunk:
         """
         hand, affine, is_half = self._by_hand, self._by_hand.affine, self._by_hand.shared.is_half
         assert self._mask is not None
-        place = hand.rows(self._cell, like=grad) if later is None else hand.left("gradient", grad)
+        place = hand.rows(like=grad) if later is None else hand.left("gradient", grad)
         grad = keep_where(grad.contiguous(), self._mask, out=place)
         if hand.table.is_shared:  # Another layer's sums lie there; the values are still these.
             self._reader.sum(_at_once, self._sums)
-            self._mix()
+            self._mix(carried)
         if later is None:
             self._add_weights(grad, self._sums)
         else:
@@ -198,10 +236,9 @@ class OnChunk:
             later.append(partial(self._add_weights, grad, sums))
         multiply(grad, hand.matrix.t(), out=self._sums, is_half=is_half)
         to_carried = None
-        if self._carried is not None:
+        if carried is not None:
             to_carried = self._sums * affine.share
             self._sums.mul_(1.0 - affine.share)
-            self._carried = None
         self._reader.back(out)
         if affine.rows is not None:
             multiply(grad, affine.rows, out=out, base=out, is_half=is_half)

@@ -82,6 +82,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 
 NO_NUMBA = "must be auto, torch or triton on a GPU, which runs no numba kernels here; take auto"
 NO_TRITON = "must be auto, numba or torch on a CPU, for which Triton makes no code; take auto"
+NO_GRAPHS = "must be false on a CPU, which needs nothing launched; leave it out"
 NO_OFFLOAD = (
     "must be keep or recompute on a CPU, where there is no other memory to move anything to; take "
     "recompute"
@@ -149,6 +150,7 @@ class Config:
             require(self.kernels.backend != "numba", "kernels.backend", "numba", NO_NUMBA)
             return
         require(self.kernels.backend != "triton", "kernels.backend", "triton", NO_TRITON)
+        require(not self.kernels.cuda_graphs, "kernels.cuda_graphs", "true", NO_GRAPHS)
         require(self.memory.mode != "offload", "memory.mode", "offload", NO_OFFLOAD)
 
     def _check_rounding(self) -> None:

@@ -19,6 +19,11 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def signed(value: int) -> int:
+    """The int64 with the bits of the unsigned ``value``; torch multiplies modulo 2^64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def stream_key(*parts: int) -> int:
     """Folds integers, in order, into one unsigned 64-bit key."""
     key = 0

@@ -21,7 +21,7 @@ from gnnpipe.optimizer import squared_norm
 from gnnpipe.order import step_bounds
 from gnnpipe.recorder import message_tag
 from gnnpipe.schedule import Action
-from gnnpipe.stage import Flow, LocalLayer, Stage
+from gnnpipe.stage import Flow, Stage
 from gnnpipe.tasks import Task
 from gnnpipe.weight_sums import WeightSums
 
@@ -182,7 +182,7 @@ class Engine:
             self._comm.during(repr(action), epoch, stage_index, ord(kind), position)
             chunk = order[position]
             is_complete = position == low and kind in "BG"  # backwards run in reverse
-            done = self._layer_done(number) if is_complete else None
+            done = self._layer_done(stage_index, number) if is_complete else None
             if kind == "F":
                 loss += self._forward(action, chunk, inbox, total=total)
             elif kind == "G":
@@ -330,7 +330,7 @@ class Engine:
         chunk: int,
         inbox: Inbox,
         *,
-        layer_done: Callable[[LocalLayer], None] | None,
+        layer_done: Callable[[int], None] | None,
     ) -> None:
         if action.stage_index == self._last:
             flow = Flow(self._loss_gradients.pop(chunk), {})
@@ -343,12 +343,14 @@ class Engine:
             previous = action._replace(stage_index=action.stage_index - 1)
             self._hand_over(previous, gradient, self._chunk_sizes[chunk])
 
-    def _layer_done(self, step: int) -> Callable[[LocalLayer], None]:
+    def _layer_done(self, stage_index: int, step: int) -> Callable[[int], None]:
         """Called for a layer whose gradients are complete: their sum travels meanwhile."""
+        layers = {local.layer_index: local.layer for local in self.stages[stage_index].layers}
 
-        def done(local: LocalLayer) -> None:
-            gradients = [p.grad for p in local.layer.parameters() if p.grad is not None]
-            self.weight_sums.start(local.layer_index, gradients, step=step)
+        def done(layer_index: int) -> None:
+            parameters = layers[layer_index].parameters()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.weight_sums.start(layer_index, gradients, step=step)
 
         return done
 

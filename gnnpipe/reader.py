@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnnpipe.cell import Cell, Exchange, Halves
 from gnnpipe.history import Table
-from gnnpipe.kernels import RowBlock, aggregate, prepare
+from gnnpipe.kernels import RowBlock, prepare
 from gnnpipe.recall import LateGradients
 
 
@@ -159,7 +159,7 @@ class Reader:
             late.close(rows)
             late.take(self.table.gradients, rows)
         if not self.cell.is_closed:
-            dx += aggregate(self.cell.backward, late.rows, gate=late.gate)
+            dx += self._late(self.cell.backward.empty_product(late.rows))
 
     @cached_property
     def _own_rows(self) -> Tensor:
@@ -173,6 +173,13 @@ class Reader:
     @cached_property
     def _forward(self) -> "_Sum":
         return _overlapped(self.cell.forward, self.cell.forward_halves, self.table.values)
+
+    @cached_property
+    def _late(self) -> Callable[[Tensor], Tensor]:
+        late = self.table.late
+        assert late is not None
+        assert self.cell.backward is not None
+        return prepare(self.cell.backward, late.rows, rows=None, gate=late.gate)
 
     @cached_property
     def _backward(self) -> "_Sum":

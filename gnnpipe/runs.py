@@ -183,6 +183,7 @@ class PipelineRun:
             late_gradient=config.history.late_gradient,
             late_gradient_momentum=config.history.late_gradient_momentum,
             memory=config.memory.mode,
+            replays=config.kernels.cuda_graphs,
             precision=config.training.precision,
             backend=None if config.kernels.backend == "auto" else config.kernels.backend,
             history_dtype=HISTORY_DTYPES.get(config.history.dtype or ""),

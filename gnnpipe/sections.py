@@ -324,6 +324,10 @@ class KernelsConfig:
     backend: Literal["auto", "numba", "torch", "triton"] = "auto"
     """auto: numba on CPUs, torch elsewhere. torch on a CPU is slower, and differs in last bits;
     triton (GPUs, if installed) has never been timed on one."""
+    cuda_graphs: bool = False
+    """On a GPU, launch all layers of a chunk at once that run without autograd, as CUDA graphs
+    captured in the second epoch. Stages of several ways, and epochs that measure how stale
+    histories are, launch every kernel by itself. It has never run on a GPU: compare losses."""
 
     def __post_init__(self) -> None:
         settle(self, "kernels")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gnnpipe.by_hand import Buffers, ByHand, OnChunk, Shared
+from gnnpipe.by_hand import Buffers, ByHand, Shared
 from gnnpipe.cell import Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Table
@@ -23,6 +23,7 @@ from gnnpipe.moments import NO_NORMS, Norms
 from gnnpipe.reader import Halo, Kept, Reader, alias
 from gnnpipe.record import Entry, Offload, Recipe, Record, TableRows, edge
 from gnnpipe.shortage import AskingFor
+from gnnpipe.stretch import Capture, Later, Stretch, add_carried
 from gnnpipe.view import View
 
 
@@ -58,6 +59,7 @@ class Stage:
         factor: multiplies gradients that cross chunks.
         mode: where what backwards need comes from: ``keep``, ``recompute`` or ``offload``.
         precision: of dense products, ``fp32`` (as everything else) or ``bf16``.
+        capture: of what a chunk's layers launch, to launch it together; None captures nothing.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Stage:
         factor: float,
         mode: str = "keep",
         precision: str = "fp32",
+        capture: Capture | None = None,
     ) -> None:
         self.layers = layers
         self._halo = halo
@@ -77,19 +80,20 @@ class Stage:
         self._mode = mode
         self._precision = precision
         self._epoch = 0
-        self._records: dict[int, list[Record | Recipe | OnChunk]] = {}
-        self._later: dict[int, list[Callable[[], None]]] = {}
-        self.by_hand = self._by_hand(Shared(halo, seed, factor, precision == "bf16", Buffers()))
-        """Layers that run without autograd, by layer index."""
+        self._records: dict[int, list[Record | Recipe]] = {}
+        self._later: dict[int, Later] = {}
+        is_half, is_captured = precision == "bf16", capture is not None
+        shared = Shared(halo, seed, factor, is_half, Buffers(), is_captured)
+        self._parts = _parts(layers, shared, capture)
 
-    def _by_hand(self, shared: Shared) -> dict[int, ByHand]:
-        found = {}
-        for index, layer, _, table, _ in self.layers:
-            affine = affine_of(layer) if index > 0 else None
-            if affine is not None and table is not None and table.gradients.numel():
-                hand = ByHand(affine, table, shared, layer_index=index, dropout=layer.dropout)
-                found[index] = hand
-        return found
+    def run_by_autograd(self) -> None:
+        """From here on no layer runs by hand."""
+        self._parts = list(self.layers)
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The layers that run without autograd."""
+        return [part for part in self._parts if isinstance(part, Stretch)]
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -108,8 +112,8 @@ class Stage:
             table.start_epoch(epoch, is_measured=is_measured)
         for local in self.layers:
             self._recall(local)
-        for hand in self.by_hand.values():
-            hand.start_epoch(epoch)
+        for stretch in self.stretches:
+            stretch.start_epoch(epoch)
 
     def _recall(self, local: LocalLayer) -> None:
         """Puts kept rows into the table, dropped out as the epoch's fresh rows will be."""
@@ -127,8 +131,8 @@ class Stage:
         """No gradient of the step before reaches the next; its rows are historical now."""
         for table in self.tables:
             table.start_step()
-        for hand in self.by_hand.values():
-            hand.start_step()
+        for stretch in self.stretches:
+            stretch.start_step()
 
     def end_step(self, *, has_backward: bool = True) -> None:
         """Ends an optimizer step.
@@ -138,6 +142,8 @@ class Stage:
         """
         if not has_backward:
             self._records.clear()
+            for stretch in self.stretches:
+                stretch.forget()
         assert not self._records, "chunks without a backward"
         assert not self._later, "backwards without their second half"
         for local in self.layers:
@@ -152,12 +158,12 @@ class Stage:
 
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
         """Computes one chunk and remembers what its backward needs."""
-        records: list[Record | Recipe | OnChunk] = []
+        records: list[Record | Recipe] = []
         x, carried = flow.x, dict(flow.carried)
-        for local in self.layers:
-            if local.layer_index in self.by_hand:
-                on_chunk, x = self._forward_by_hand(local, chunk_index, x, carried)
-                records.append(on_chunk)
+        for local in self._parts:
+            if isinstance(local, Stretch):
+                assert isinstance(x, Tensor)
+                x = local.forward(chunk_index, x, carried)
                 continue
             read = {name: carried[name] for name in local.layer.reads}
             recipe = Recipe(x, read, Kept() if self._mode == "recompute" else None)
@@ -168,47 +174,6 @@ class Stage:
             carried |= {name: value.detach() for name, value in handed_on.items()}
         self._records[chunk_index] = records
         return Flow(x, carried)
-
-    def _forward_by_hand(
-        self,
-        local: LocalLayer,
-        chunk_index: int,
-        x: Tensor | SparseRows,
-        carried: dict[str, Tensor],
-    ) -> tuple[OnChunk, Tensor]:
-        assert isinstance(x, Tensor)
-        cell, hand = local.cells.chunks[chunk_index], self.by_hand[local.layer_index]
-        name, index = hand.affine.carried, local.layer_index
-        with AskingFor("forward", f"activations of layer {index}"):
-            # What leaves the stage, or what autograd may hold on to, is no shared buffer.
-            if index + 1 in self.by_hand:
-                out = hand.rows(cell, like=x)
-            else:
-                out = x.new_empty((x.shape[0], hand.affine.out_channels))
-            on_chunk = hand.on(cell)
-            return on_chunk, on_chunk.forward(x, None if name is None else carried[name], out)
-
-    def _backward_by_hand(
-        self,
-        local: LocalLayer,
-        on_chunk: OnChunk,
-        dx: Tensor,
-        carried: dict[str, Tensor],
-        later: list[Callable[[], None]] | None,
-    ) -> Tensor:
-        index, shape = local.layer_index, (dx.shape[0], local.layer.in_channels)
-        before = self.by_hand.get(index - 1)
-        with AskingFor("backward", f"gradients of layer {index}"):
-            if before is not None:
-                out = before.shared.buffers.rows(index - 1, *shape, like=dx)
-            else:
-                out = dx.new_empty(shape)
-            name = self.by_hand[index].affine.carried
-            dx, to_carried = on_chunk.backward(dx, out, later)
-            if name is not None:
-                assert to_carried is not None
-                _add(carried, name, to_carried)
-        return dx
 
     def _shortened(self, local: LocalLayer, recipe: Recipe) -> Recipe:
         """The recipe without what lies in the layer's table."""
@@ -260,7 +225,7 @@ class Stage:
         chunk_index: int,
         gradient: Flow,
         *,
-        layer_done: Callable[[LocalLayer], None] | None = None,
+        layer_done: Callable[[int], None] | None = None,
         is_split: bool = False,
     ) -> Flow:
         """Adds the chunk's parameter gradients; returns the gradient of the forward's input.
@@ -268,7 +233,7 @@ class Stage:
         Args:
             chunk_index: a chunk whose forward has run.
             gradient: of the forward's result; carried tensors without a reader are missing.
-            layer_done: called after each layer's backward, last layer first.
+            layer_done: called with a layer's index after its backward, last layer first.
             is_split: leave to :meth:`finish_backward` the gradients of weights that can be made
                 apart, those of layers that run by hand.
         """
@@ -276,33 +241,33 @@ class Stage:
         later = self._later.setdefault(chunk_index, []) if is_split else None
         dx, carried = gradient.x, dict(gradient.carried)
         records = self._records.pop(chunk_index)
-        for local in reversed(self.layers):
-            record = records.pop()  # Its gradients go when the layer before has used them.
+        for part in reversed(self._parts):
             assert isinstance(dx, Tensor)
+            if isinstance(part, Stretch):
+                dx = part.backward(chunk_index, dx, carried, later=later, layer_done=layer_done)
+                continue
+            record = records.pop()  # Its gradients go when the layer before has used them.
             if isinstance(record, Recipe):
-                record = self._again(local, chunk_index, record)
-            if isinstance(record, OnChunk):
-                dx = self._backward_by_hand(local, record, dx, carried, later)
-            else:
-                dx = _backward_by_autograd(local, record, dx, carried)
+                record = self._again(part, chunk_index, record)
+            dx = _backward_by_autograd(part, record, dx, carried)
             if layer_done is not None:
-                layer_done(local)
+                layer_done(part.layer_index)
         return Flow(dx, carried)
 
     def finish_backward(
-        self, chunk_index: int, *, layer_done: Callable[[LocalLayer], None] | None = None
+        self, chunk_index: int, *, layer_done: Callable[[int], None] | None = None
     ) -> None:
         """Adds the gradients that a split backward has left.
 
         Args:
             chunk_index: of that backward.
-            layer_done: called for each layer, last layer first.
+            layer_done: called with each layer's index, last layer first.
         """
         for add in self._later.pop(chunk_index):
             add()
         if layer_done is not None:
             for local in reversed(self.layers):
-                layer_done(local)
+                layer_done(local.layer_index)
 
     def _again(self, local: LocalLayer, chunk_index: int, recipe: Recipe) -> Record:
         """Runs a layer on a chunk as its forward ran."""
@@ -361,10 +326,31 @@ def _backward_by_autograd(
             torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
     for name, entry in record.carried.items():
         assert entry.grad is not None
-        _add(carried, name, entry.grad)
+        add_carried(carried, name, entry.grad)
     return torch.empty(0) if record.x is None else record.x.gradient()
 
 
-def _add(carried: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    """Of several readers of a carried tensor the gradients add up."""
-    carried[name] = carried[name] + gradient if name in carried else gradient
+def _parts(
+    layers: Sequence[LocalLayer], shared: Shared, capture: Capture | None
+) -> list[LocalLayer | Stretch]:
+    """The layers; neighbours that can run without autograd stand together."""
+    parts: list[LocalLayer | Stretch] = []
+    hands: list[ByHand] = []
+    for local in layers:
+        hand = _hand_of(local, shared)
+        if hand is None:
+            parts.append(local)
+            hands = []
+            continue
+        if not hands:
+            parts.append(Stretch(hands, capture))
+        hands.append(hand)
+    return parts
+
+
+def _hand_of(local: LocalLayer, shared: Shared) -> ByHand | None:
+    index, layer, cells, table, _ = local
+    affine = affine_of(layer) if index > 0 else None
+    if affine is None or table is None or not table.gradients.numel():
+        return None
+    return ByHand(affine, table, cells, shared, layer_index=index, dropout=layer.dropout)

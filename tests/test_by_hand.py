@@ -25,9 +25,10 @@ def trained(name: str, num_chunks: int, *, by_hand: bool, **changes: Any) -> Any
     graph = woven(is_directed=True)
     run = pipeline(graph, settings(name, **changes), striped(graph, num_chunks))
     for stage in stages_of(run):
-        assert sorted(stage.by_hand) == [1, 2, 3]
+        (stretch,) = stage.stretches
+        assert [hand.layer_index for hand in stretch.hands] == [1, 2, 3]
         if not by_hand:
-            stage.by_hand.clear()
+            stage.run_by_autograd()
     return losses(run, 3), gradients_of(run), run.evaluate()
 
 
@@ -148,8 +149,7 @@ def test_rows_on_their_way_lie_in_two_buffers() -> None:
     graph = woven()
     run = pipeline(graph, settings("sage", num_layers=6), striped(graph, 3))
     losses(run, 2)
-    (stage,) = stages_of(run)
-    buffers = {id(hand.shared.buffers) for hand in stage.by_hand.values()}
-    assert len(buffers) == 1
-    (flat,) = {hand.shared.buffers for hand in stage.by_hand.values()}
+    (stretch,) = stages_of(run)[0].stretches
+    assert len(stretch.hands) == 6
+    (flat,) = {hand.shared.buffers for hand in stretch.hands}
     assert {slot: part.numel() for slot, part in flat._flat.items()} == {0: 8 * 8, 1: 8 * 8}

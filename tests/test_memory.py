@@ -21,7 +21,7 @@ from gnnpipe.memory import (
 )
 from gnnpipe.room import rank_bytes
 from gnnpipe.runs import PipelineRun
-from gnnpipe.stage import Flow, LocalLayer, Stage
+from gnnpipe.stage import Flow, Stage
 
 NUM_CHUNKS = 4
 NUM_NODES = 400
@@ -134,7 +134,7 @@ def test_backward_holds_the_gradients_of_one_layer_at_a_time(
     def backward(stage: Stage, chunk_index: int, gradient: Flow, **options: Any) -> Flow:
         start = live_bytes()
 
-        def layer_done(_layer: LocalLayer) -> None:
+        def layer_done(_index: int) -> None:
             found.append(live_bytes() - start)
 
         return original(stage, chunk_index, gradient, layer_done=layer_done)

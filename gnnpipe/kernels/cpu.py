@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba import njit, prange
+from torch import Tensor
 
 from gnnpipe.kernels.vector import VECTOR_BYTES, draw, keep_eight, rectify_eight, sum_row
 
@@ -38,6 +39,11 @@ class Kernel(NamedTuple):
         """The variant that fits ``work``."""
         is_large = work >= PARALLEL_MIN_WORK and numba.get_num_threads() > 1
         return self.parallel if is_large else self.serial
+
+
+def owns(x: Tensor) -> bool:
+    """Whether these kernels are for a tensor; others take plain torch."""
+    return x.device.type == "cpu"
 
 
 def compiled(function: Callable[..., None], alone: Callable[..., None] | None = None) -> Kernel:

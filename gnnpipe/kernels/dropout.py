@@ -24,14 +24,14 @@ class _Ids(tuple[Tensor, ...]):
     __slots__ = ()
 
 
-def _apply(x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None = None) -> Tensor:
+def _apply(x: Tensor, ids: _Ids, p: float, key: int | Tensor, out: Tensor | None = None) -> Tensor:
     threshold, scale = _threshold(p), 1.0 / (1.0 - p)
-    if x.device.type != "cpu":
+    if not cpu.owns(x):
         keys = fallback.keys(ids, key)
         factor = (fallback.keep_mask(keys, x.shape[1], threshold) * scale).to(x.dtype)
         return torch.mul(x, factor, out=out)
     arrays = [part.numpy() for part in (x, *ids)]
-    arguments = (np.uint64(key), np.uint32(threshold), arrays[0].dtype.type(scale))
+    arguments = (np.uint64(int(key)), np.uint32(threshold), arrays[0].dtype.type(scale))
     if out is x:
         cpu.dropout_in_place(*arrays, *arguments, work=x.numel())
         return x
@@ -41,8 +41,18 @@ def _apply(x: Tensor, ids: _Ids, p: float, key: int, out: Tensor | None = None) 
     return out
 
 
-def drop_rows(x: Tensor, node_id: Tensor, *, p: float, key: int, out: Tensor | None) -> Tensor:
-    """:func:`dropout_rows` of dense rows outside autograd; ``out`` may be ``x``."""
+def drop_rows(
+    x: Tensor, node_id: Tensor, *, p: float, key: int | Tensor, out: Tensor | None
+) -> Tensor:
+    """:func:`dropout_rows` of dense rows outside autograd.
+
+    Args:
+        x: ``[num_rows, F]``.
+        node_id: original id of each row's node.
+        p: probability of a zero.
+        key: unsigned; or the int64 with its bits on the rows' device, read when the kernel runs.
+        out: where to write; may be ``x``.
+    """
     return _apply(x, _Ids((node_id,)), p, key, out)
 
 
@@ -120,7 +130,7 @@ def dropout_rows(
 
 def _apply_entries(x: SparseRows, node_id: Tensor, p: float, key: int) -> Tensor:
     threshold, scale = _threshold(p), 1.0 / (1.0 - p)
-    if x.values.device.type != "cpu":
+    if not cpu.owns(x.values):
         keys = fallback.keys((node_id,), key).repeat_interleave(x.indptr.diff())
         mask = fallback.keep_entries(keys, x.indices, threshold)
         return x.values * (mask * scale).to(x.values.dtype)

@@ -5,14 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gnnpipe.counter import GOLDEN_64
+from gnnpipe.counter import GOLDEN_64, signed
 
 _LOW_32 = 0xFFFFFFFF
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of the unsigned ``value``; torch multiplies modulo 2^64."""
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
@@ -21,8 +16,8 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 
 
 def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    value = (value ^ _shift(value, 30)) * signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * signed(0x94D049BB133111EB)
     return value ^ _shift(value, 31)
 
 
@@ -34,11 +29,12 @@ def _draw(row_key: Tensor, column: Tensor) -> Tensor:
     return z ^ (z >> 16)
 
 
-def keys(ids: Sequence[Tensor], key: int) -> Tensor:
+def keys(ids: Sequence[Tensor], key: int | Tensor) -> Tensor:
     """The 64-bit key of each row: ids are ``(node,)``, or ``(source, target)`` of edges."""
-    result = torch.full_like(ids[0], _signed(key))
+    number = signed(key) if isinstance(key, int) else key
+    result = torch.zeros_like(ids[0]) + number
     for part in ids:
-        result = _mix((part * _signed(GOLDEN_64)) ^ result)
+        result = _mix((part * signed(GOLDEN_64)) ^ result)
     return result
 
 

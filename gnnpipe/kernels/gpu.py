@@ -5,7 +5,7 @@ holds. Rows are binned by their number of entries: a program takes as many at a 
 bin, so that short rows do not wait beside long ones. Imported only where Triton is wanted.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -51,23 +51,30 @@ def _sum_rows(  # type: ignore[no-untyped-def]
     tl.store(out + i * width + columns, total, mask=columns < width)
 
 
-def aggregate(
-    block: RowBlock, table: Tensor, out: Tensor, rows: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    """:func:`gnnpipe.kernels.sparse.aggregate` of a float32, bfloat16 or float16 table."""
+def prepare(
+    block: RowBlock, table: Tensor, rows: Tensor | None, gate: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """:func:`gnnpipe.kernels.sparse.prepare` for float32, bfloat16 and float16 tables.
+
+    Counting the bins asks the device and waits for it, so it is done here, once.
+    """
     width = table.shape[1]
     columns = min(COLUMNS, triton.next_power_of_2(width))
     factors = (block.weight, block.row_scale, block.col_scale, gate)
-    weight, row_scale, col_scale, gates = (out if part is None else part for part in factors)
-    has_weight, has_row, has_col, has_gate = (part is not None for part in factors)
-    for chosen, entries in _bins(block, rows):
-        grid = (chosen.numel(), triton.cdiv(width, columns))
-        arrays: tuple[Any, ...] = (chosen, block.indptr, block.indices, weight, row_scale)
-        _sum_rows[grid](
-            *arrays, col_scale, gates, table, out, width,
-            has_weight, has_row, has_col, has_gate, entries, columns,
-        )  # fmt: skip
-    return out
+    uses = [part is not None for part in factors]
+    bins = _bins(block, rows)
+
+    def run(out: Tensor) -> Tensor:
+        arrays = [out if part is None else part for part in factors]
+        for chosen, entries in bins:
+            grid = (chosen.numel(), triton.cdiv(width, columns))
+            _sum_rows[grid](
+                chosen, block.indptr, block.indices, *arrays, table, out, width,
+                *uses, entries, columns,
+            )  # fmt: skip
+        return out
+
+    return run
 
 
 def _bins(block: RowBlock, rows: Tensor | None) -> list[tuple[Tensor, int]]:

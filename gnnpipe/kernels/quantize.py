@@ -24,7 +24,7 @@ def quantize_rows(x: Tensor, *, key: int, levels: Tensor, scale: Tensor) -> None
         levels: the result, ``[num_rows, F]``, int8.
         scale: the result, ``[num_rows]``, float32.
     """
-    if x.device.type != "cpu":
+    if not cpu.owns(x):
         _in_torch(x, key, levels, scale)
         return
     arrays = (x.contiguous().numpy(), np.uint64(key), levels.numpy(), scale.numpy())

@@ -21,7 +21,7 @@ def rectify(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         Which numbers have stayed: a bit of each, on other devices than CPUs a byte.
     """
-    if x.device.type != "cpu":
+    if not cpu.owns(x):
         mask = torch.gt(x, 0, out=mask)
         x.relu_()
         return mask
@@ -33,7 +33,7 @@ def rectify(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def keep_where(x: Tensor, mask: Tensor, *, out: Tensor) -> Tensor:
     """``x`` where the mask of :func:`rectify` has a bit, 0 elsewhere; ``out`` may be ``x``."""
-    if x.device.type != "cpu":
+    if not cpu.owns(x):
         return torch.mul(x, mask, out=out)
     arrays = (x.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1))
     cpu.keep(*arrays, work=x.numel())
@@ -60,7 +60,7 @@ def relu(x: Tensor) -> Tensor:
         x: a result that nothing else needs, ``[num_rows, F]``.
     """
     is_result = x.grad_fn is not None and x.is_contiguous()
-    if x.device.type != "cpu" or not is_result or not torch.is_grad_enabled():
+    if not cpu.owns(x) or not is_result or not torch.is_grad_enabled():
         return x.relu()
     out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
     return out

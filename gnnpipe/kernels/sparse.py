@@ -145,7 +145,7 @@ def prepare(
     if block.backend == "triton" and table.dtype != torch.float64:
         from gnnpipe.kernels import gpu  # Triton is optional, and heavy
 
-        return lambda out: gpu.aggregate(block, table, out, rows, gate)
+        return gpu.prepare(block, table, rows, gate)
     if block.backend != "numba":
         return lambda out: _in_torch(block, table, out, rows, gate)
     kernel = cpu.aggregate.chosen(block.num_entries * table.shape[1])

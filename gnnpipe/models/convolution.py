@@ -30,6 +30,12 @@ class Affine(NamedTuple):
     """The sums are multiplied with ``(1 - beta) I + beta W`` instead of W."""
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the parts that are learned."""
+        parts = (self.sums, self.rows, self.bias)
+        return [part for part in parts if isinstance(part, nn.Parameter)]
+
+    @property
     def out_channels(self) -> int:
         """Width of the result."""
         return self.sums.shape[0 if self.beta is None else 1]
