@@ -82,6 +82,18 @@ def end_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
         sys.exit(1)
 
 
+def give_back_memory() -> None:
+    """Gives freed memory back to the operating system; glibc would keep it for what may come.
+
+    What building and a first epoch leave free is scattered between arrays that stay, so what
+    comes later grows beside it.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none.
+        if trim is not None:
+            trim(0)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if not text:

@@ -16,6 +16,7 @@ from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
 from gnnpipe.configured import configured_task, configured_updates
+from gnnpipe.environment import give_back_memory
 from gnnpipe.fields import require
 from gnnpipe.history import Table
 from gnnpipe.kernels import half_products_gain
@@ -153,6 +154,7 @@ class PipelineRun:
         self._config = config
         self._layers = layers
         self._num_chunks = chunked.num_chunks
+        self._has_trained = False
         self.rank, self.world_size = world.rank, world.world_size
         self.num_parameters = sum(p.numel() for layer in layers for p in layer.parameters())
         mesh = Mesh(parallel.num_stages, parallel.num_ways)
@@ -211,6 +213,7 @@ class PipelineRun:
         """Fills the first history with the exact values of the initial weights."""
         if self._config.history.warm_start == "exact":
             self.engine.infer(into_tables=True)
+        give_back_memory()
 
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes the epoch's optimizer steps; returns this rank's part of the loss."""
@@ -231,6 +234,9 @@ class PipelineRun:
             recorder.step(start_s=start_s, end_s=time.perf_counter())
         self._renew_histories()
         self._reports.take(recorder.stop())
+        if not self._has_trained:
+            give_back_memory()
+        self._has_trained = True
         return loss
 
     def _renew_histories(self) -> None:
