@@ -272,7 +272,8 @@ class _Mix(torch.autograd.Function):
             if memory.gradient is None:
                 memory.gradient = torch.zeros_like(gradient)
             dx += memory.idea.gradient * aggregate(parts.missing, memory.gradient)
-            memory.gradient.lerp_(gradient, 1.0 - memory.idea.smoothing)
+            rest = memory.idea.smoothing
+            memory.gradient.lerp_(gradient, (1.0 - rest) / (1.0 - rest**reader.epoch))
         return dx, None, None
 
 

@@ -85,6 +85,8 @@ class Table:
             self.values.copy_(self._snapshot)
         if self.recall is not None:
             self.recall.start_epoch(epoch)
+        if self.late is not None:
+            self.late.start_epoch(epoch)
 
     def start_step(self) -> None:
         """Forgets all gradients: what is fresh from here on is so to this step's rows only."""

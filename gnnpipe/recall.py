@@ -78,7 +78,10 @@ class Recall:
             parts = ((x - last) * step).sum(dtype=torch.float64), step.square().sum().double()
             self.sums += torch.stack(parts).cpu()
             self.before[rows] = last
-        _keep(last, x, self._momentum)
+        if self._momentum:
+            last.lerp_(x, 1.0 - self._momentum)
+        else:
+            last.copy_(x)
 
     def fit(self, sums: Tensor) -> None:
         """Takes the slope from :attr:`sums`, added up over all ways."""
@@ -115,9 +118,11 @@ class LateGradients:
 
     One epoch's gradient of a row says little about the next one's, since masks of dropout and the
     order of the chunks are others. With a momentum an average over epochs is kept (as PipeGCN
-    smooths its features' gradients; Wan et al., arXiv 2203.10428)::
+    smooths its features' gradients; Wan et al., arXiv 2203.10428). Its weights add up to one from
+    the first epoch on (as Adam corrects its bias; Kingma and Ba, arXiv 1412.6980)::
 
-        rows = momentum * rows + (1 - momentum) * gradients      (0 before the first epoch)
+        share = (1 - momentum) / (1 - momentum^epoch)
+        rows  = (1 - share) * rows + share * gradients
 
     Args:
         num_rows: rows of the table's gradients.
@@ -135,6 +140,11 @@ class LateGradients:
         """Factor of each row for its readers; 0 where this step's own gradient is known."""
         self._factor = factor
         self._momentum = momentum
+        self._share = like.new_ones(())  # A tensor, so that captured kernels read it.
+
+    def start_epoch(self, epoch: int) -> None:
+        """Epochs count from 1."""
+        self._share.fill_((1.0 - self._momentum) / (1.0 - self._momentum**epoch))
 
     def start_step(self) -> None:
         """All rows are of another step."""
@@ -146,12 +156,7 @@ class LateGradients:
 
     def take(self, gradients: Tensor, rows: slice) -> None:
         """Keeps rows for the next step that does not compute them first."""
-        _keep(self.rows[rows], gradients[rows], self._momentum)
-
-
-def _keep(kept: Tensor, new: Tensor, momentum: float) -> None:
-    """Takes new rows into the kept ones, in place."""
-    if momentum:
-        kept.lerp_(new, 1.0 - momentum)
-    else:
-        kept.copy_(new)
+        if self._momentum:
+            self.rows[rows].lerp_(gradients[rows], self._share)
+        else:
+            self.rows[rows] = gradients[rows]

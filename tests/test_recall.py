@@ -23,7 +23,7 @@ from resuming import ring_run, train_on, train_until, write_ring
 from gnnpipe.config import load_config
 from gnnpipe.errors import UserError
 from gnnpipe.models.layer import Layer
-from gnnpipe.recall import Keeping, Recall
+from gnnpipe.recall import Keeping, LateGradients, Recall
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "clean": {"keeps_dropout": False},
@@ -226,22 +226,32 @@ def test_while_weights_stand_still_late_gradients_become_exact(name: str) -> Non
         assert (max(gaps) < 1e-12) == (factor == 1.0)
 
 
-def test_averaged_late_gradients_forget_by_their_momentum() -> None:
+def test_averaged_late_gradients_are_weighted_means_from_the_first_epoch_on() -> None:
+    late = LateGradients(3, 2, like=torch.zeros(1).double(), factor=1.0, momentum=0.6)
+    seen = [torch.randn(3, 2).double() for _ in range(5)]
+    for epoch, gradients in enumerate(seen, start=1):
+        late.start_epoch(epoch)
+        late.take(gradients, slice(0, 3))
+        ages = torch.arange(epoch).flip(0).double()
+        weights = 0.6**ages
+        mean = torch.tensordot(weights / weights.sum(), torch.stack(seen[:epoch]), dims=1)
+        torch.testing.assert_close(late.rows, mean, rtol=0, atol=1e-12)
+
+
+def test_a_run_averages_its_late_gradients() -> None:
     # Weights, chunks' order and masks stand still, so an epoch's gradient of the last layer does.
-    graph, momentum = woven(), 0.6
     still: dict[str, Any] = {"lr": 1e-300, "dropout": 0.0, "num_layers": 1, "order": "fixed"}
-    late: dict[str, Any] = {"late_gradient": 1.0, "late_gradient_momentum": momentum}
-    run = pipeline(graph, settings("gcn", **late, **still), striped(graph, 4))
+    late: dict[str, Any] = {"late_gradient": 1.0, "late_gradient_momentum": 0.6}
+    run = pipeline(woven(), settings("gcn", **late, **still), striped(woven(), 4))
     (table,) = tables_of(run).values()
-    kept = []
-    for epoch in range(1, 6):
-        run.train_epoch(epoch)
-        assert table.late is not None
-        kept.append(table.late.rows.clone())
-    whole = kept[0] / (1.0 - momentum)
-    assert whole.abs().max() > 0
-    for epoch, rows in enumerate(kept, start=1):
-        torch.testing.assert_close(rows, (1.0 - momentum**epoch) * whole, rtol=0, atol=1e-14)
+    assert table.late is not None
+    run.train_epoch(1)
+    first = table.late.rows.clone()
+    assert first.abs().max() > 0
+    table.late.rows.zero_()
+    run.train_epoch(2)  # A mean of zeros and the same gradient again.
+    share = 0.4 / (1.0 - 0.6**2)
+    torch.testing.assert_close(table.late.rows, share * first, rtol=0, atol=1e-14)
 
 
 def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
