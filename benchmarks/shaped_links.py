@@ -2,11 +2,13 @@
 
 Each rank has a namespace of its own with one interface, ``eth0``. All are ports of one bridge::
 
-    rank 0 [eth0] --- tbf --- [bridge] --- tbf --- [eth0] rank 1
+    rank 0 [eth0] --- htb --- [bridge] --- htb --- [eth0] rank 1
 
-``tc``'s token bucket limits what leaves each end, so both directions of a rank have the speed,
+``tc``'s token buckets limit what leaves each end, so both directions of a rank have the speed,
 which is that of payload: the headers of full TCP segments come on top. Queues hold all that
-senders can have under way, so nothing is lost and sent again.
+senders can have under way, so nothing is lost and sent again. Short packets go first: behind a
+full queue acknowledgements would come so late that a sender's window stops it, and a chain of
+ranks that send both ways would get two thirds of the speed.
 """
 
 import os
@@ -19,6 +21,10 @@ HEADERS = 1514 / 1448
 """Bytes on the wire for each byte of payload."""
 
 QUEUE_BYTES = 64_000_000
+
+CLASSES = (("3", "1:", 1.0, "0"), ("1", "1:3", 0.1, "0"), ("2", "1:3", 0.9, "1"))
+"""Number, parent, assured share and priority: the link, its short packets, all others. Either may
+take what the other leaves."""
 
 
 def why_not() -> str | None:
@@ -67,13 +73,26 @@ def _join(hub: str, rank: int, name: str, mbit: float) -> None:
     for device in ("lo", "eth0"):
         _ip("-n", name, "link", "set", device, "up")
     _ip("-n", hub, "link", "set", port, "master", "hub", "up")
-    bits_s = mbit * 1e6 * HEADERS
     for namespace, device in ((name, "eth0"), (hub, port)):
-        # 1 ms of traffic may leave at once, and no less than one large segment.
-        burst = max(70_000, int(bits_s / 8 * 0.001))
-        limits = ["rate", f"{bits_s:.0f}bit", "burst", str(burst), "limit", str(QUEUE_BYTES)]
-        tbf = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *limits]
-        subprocess.run(tbf, check=True)
+        _shape(namespace, device, mbit * 1e6 * HEADERS)
+
+
+def _shape(namespace: str, device: str, bits_s: float) -> None:
+    """Limits what leaves a device; short packets first."""
+    # 1 ms of traffic may leave at once, and no less than one large segment.
+    burst = str(max(70_000, int(bits_s / 8 * 0.001)))
+    _tc(namespace, "qdisc", "add", "dev", device, "root", "handle", "1:", "htb", "default", "2")
+    for number, parent, share, priority in CLASSES:
+        place = ["dev", device, "parent", parent, "classid", f"1:{number}", "htb"]
+        rates = ["rate", f"{bits_s * share:.0f}bit", "ceil", f"{bits_s:.0f}bit"]
+        bursts = ["burst", burst, "cburst", burst, "quantum", "60000", "prio", priority]
+        _tc(namespace, "class", "add", *place, *rates, *bursts)
+        if parent != "1:":
+            queue = ["parent", f"1:{number}", "bfifo", "limit", str(QUEUE_BYTES)]
+            _tc(namespace, "qdisc", "add", "dev", device, *queue)
+    is_short = ["match", "u16", "0x0000", "0xff00", "at", "2"]  # IPv4's length: below 256 bytes.
+    place = ["dev", device, "parent", "1:", "protocol", "ip", "prio", "1"]
+    _tc(namespace, "filter", "add", *place, "u32", *is_short, "flowid", "1:1")
 
 
 def _remove(names: list[str]) -> None:
@@ -83,3 +102,7 @@ def _remove(names: list[str]) -> None:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
+
+
+def _tc(namespace: str, *arguments: str) -> None:
+    subprocess.run(["tc", "-n", namespace, *arguments], check=True)
