@@ -21,6 +21,8 @@ HEADERS = 1514 / 1448
 """Bytes on the wire for each byte of payload."""
 
 QUEUE_BYTES = 64_000_000
+SEGMENT_BYTES = 6_000
+"""Largest packet, which leaves as a whole as soon as the ones before have been paid for."""
 
 CLASSES = (("3", "1:", 1.0, "0"), ("1", "1:3", 0.1, "0"), ("2", "1:3", 0.9, "1"))
 """Number, parent, assured share and priority: the link, its short packets, all others. Either may
@@ -79,8 +81,9 @@ def _join(hub: str, rank: int, name: str, mbit: float) -> None:
 
 def _shape(namespace: str, device: str, bits_s: float) -> None:
     """Limits what leaves a device; short packets first."""
-    # 1 ms of traffic may leave at once, and no less than one large segment.
-    burst = str(max(70_000, int(bits_s / 8 * 0.001)))
+    # What has not been used in the last 0.2 ms is lost: a message after a pause has no head start.
+    burst = str(max(SEGMENT_BYTES, int(bits_s / 8 * 0.0002)))
+    _ip("-n", namespace, "link", "set", "dev", device, "gso_max_size", str(SEGMENT_BYTES))
     _tc(namespace, "qdisc", "add", "dev", device, "root", "handle", "1:", "htb", "default", "2")
     for number, parent, share, priority in CLASSES:
         place = ["dev", device, "parent", parent, "classid", f"1:{number}", "htb"]

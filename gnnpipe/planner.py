@@ -7,6 +7,7 @@ like any other, so a case that is too small, sparse or shallow for a pipeline ge
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from gnnpipe.costs import Line, Links, Profile, role_of
@@ -83,9 +84,11 @@ class Planner:
         ends = [spans[-1].end_s + tail for spans, tail in zip(timeline.ranks, tails, strict=True)]
         # Each step but the last is waited for as long as the slowest rank's.
         epoch_s = max(ends) + (steps - 1) * max(tails)
-        halo_s = sum(self._halo_s(i, setting) for i in range(len(self._layers)))
+        kinds = KINDS[setting.schedule][:2]
+        halo_s = sum(self._halo_s(i, k, setting) for i in range(len(self._layers)) for k in kinds)
         steps_s = sum(self._step_s(bounds, rank, setting) for rank in range(S))
-        busy_s = sum(timeline.busy_s) + steps * steps_s - 2 * setting.num_chunks * halo_s
+        waits_s = setting.num_chunks * halo_s + timeline.held_up_s
+        busy_s = sum(timeline.busy_s) + steps * steps_s - waits_s
         epoch_s = max(epoch_s, busy_s / S / self._core_share(setting))
         needs = [self._memory_bytes(bounds, rank, setting) for rank in range(S)]
         memory = max(needs, key=lambda need: need.total)
@@ -133,6 +136,13 @@ class Planner:
             num_bytes = sent.num_bytes * loads[action.chunk_index][0] if sent else 0.0
             return self._links.seconds(num_bytes, is_local=is_local)
 
+        def held_up(action: Action) -> float:
+            layers, kind = _of(bounds, action.stage_index), action.kind
+            return sum(
+                self._halo_s(i, kind, setting, share=0.5) - self._halo_s(i, kind, setting)
+                for i in (layers if kind != "G" else ())
+            )
+
         return simulate(
             SCHEDULES[setting.schedule](
                 setting.num_stages, setting.num_chunks, setting.virtual_stages, steps=steps
@@ -140,6 +150,7 @@ class Planner:
             duration,
             transfer=self._links.latency_s,
             occupancy=occupancy,
+            held_up=cache(held_up),
             steps=steps,
         )
 
@@ -168,11 +179,11 @@ class Planner:
 
     def _layer_s(self, index: int, setting: Setting) -> list[float]:
         """Each kind of action of one chunk through one layer, the halo's wait included."""
-        halo_s = self._halo_s(index, setting) + self._halo_work_s(index, setting)
-        return [
-            self._compute_s(index, kind, setting) + halo_s * (kind != "G")
-            for kind in KINDS[setting.schedule]
-        ]
+        work_s, found = self._halo_work_s(index, setting), []
+        for kind in KINDS[setting.schedule]:
+            halo_s = 0.0 if kind == "G" else self._halo_s(index, kind, setting) + work_s
+            found.append(self._compute_s(index, kind, setting) + halo_s)
+        return found
 
     def _compute_s(self, index: int, kind: str, setting: Setting) -> float:
         """One layer on a mean chunk, on the slowest way."""
@@ -181,11 +192,17 @@ class Planner:
 
     def _slowest(self, index: int, kind: str, setting: Setting) -> tuple[Line, float, float]:
         """A layer's line, and what the slowest way has of rows and edges of a mean chunk."""
+        line, sizes = self._on_ways(index, kind, setting)
+        return line, *max(sizes, key=lambda size: line.seconds(*size))
+
+    def _on_ways(
+        self, index: int, kind: str, setting: Setting
+    ) -> tuple[Line, list[tuple[float, float]]]:
+        """A layer's line, and what each way has of rows and edges of a mean chunk."""
         rows, edges = self._chunk(setting)
         line = self._profile.lines[f"{role_of(index, len(self._layers))} {kind}"]
         loads = self._way(setting.num_ways).loads
-        sizes = [(rows * more, edges * denser) for more, denser in loads]
-        return line, *max(sizes, key=lambda size: line.seconds(*size))
+        return line, [(rows * more, edges * denser) for more, denser in loads]
 
     def _halo_bytes(self, index: int, setting: Setting) -> float:
         """What the busiest way sends, or receives, for one chunk in one layer and direction."""
@@ -201,18 +218,32 @@ class Planner:
         num_bytes = self._halo_bytes(index, setting)
         return self._profile.message_s(2 * (setting.num_ways - 1), num_bytes) if num_bytes else 0.0
 
-    def _halo_s(self, index: int, setting: Setting) -> float:
-        """How long one chunk waits for its halo in one layer, beyond what interior rows hide."""
+    def _halo_s(self, index: int, kind: str, setting: Setting, *, share: float = 1.0) -> float:
+        """How long one chunk waits for its halo in one layer.
+
+        Beyond what interior rows hide, and what uneven ways do: the second slowest way sends
+        its rows while the slowest still computes the layer before, and those two wait for each
+        other in turn.
+
+        Args:
+            index: which layer.
+            kind: of the action.
+            setting: of the run.
+            share: of the links' speed, while other messages travel.
+        """
         num_bytes = self._halo_bytes(index, setting)
         if not num_bytes:
             return 0.0
         W = setting.num_ways
         is_local = self._links.ranks_per_host >= W
-        travel_s = self._links.seconds(num_bytes, is_local=is_local) + self._links.latency_s
-        if self._layers[index].operator.startswith("edges"):
-            return travel_s
-        line = self._profile.lines[f"{role_of(index, len(self._layers))} F"]
-        hidden_s = line.per_edge_s * self._chunk(setting)[1] * self._way(W).interior_share
+        travel_s = self._links.seconds(num_bytes, is_local=is_local) / share
+        travel_s += self._links.latency_s
+        line, sizes = self._on_ways(index, kind, setting)
+        slowest = sorted(line.seconds(*size) for size in sizes)[-2:]
+        hidden_s = (slowest[-1] - slowest[0]) / 2
+        if not self._layers[index].operator.startswith("edges"):
+            line = self._profile.lines[f"{role_of(index, len(self._layers))} F"]
+            hidden_s += line.per_edge_s * self._chunk(setting)[1] * self._way(W).interior_share
         return max(0.0, travel_s - hidden_s)
 
     def _step_s(self, bounds: Sequence[int], rank: int, setting: Setting) -> float:

@@ -182,6 +182,8 @@ class Timeline(NamedTuple):
     """What every rank did when: the result of :func:`simulate`."""
 
     ranks: list[list[Span]]
+    held_up_s: float = 0.0
+    """By how much all actions together took longer because they shared links."""
 
     @property
     def makespan_s(self) -> float:
@@ -207,6 +209,7 @@ def simulate(
     *,
     transfer: float | Callable[[Action], float] = 0.0,
     occupancy: float | Callable[[Action], float] = 0.0,
+    held_up: Callable[[Action], float] = lambda action: 0.0,
     steps: int = 1,
 ) -> Timeline:
     """Predicts when each action runs.
@@ -221,6 +224,9 @@ def simulate(
             same for all or given by the sending action. Within a rank results are there at once.
         occupancy: Seconds that the result keeps the sending rank's link busy, before
             ``transfer`` begins.
+        held_up: Seconds by which an action takes longer if messages that it waits for while it
+            runs share the link with earlier results, at most as long as those still take to leave.
+            Its own result leaves later by as much.
         steps: Optimizer steps of the epoch.
 
     Raises:
@@ -233,6 +239,7 @@ def simulate(
     homes = {a.stage_index: rank for rank, actions in enumerate(schedule) for a in actions}
     link_free_s = [0.0] * len(schedule)
     sent_s: dict[Action, float] = {}  # when a result has left its rank's link
+    held_up_s = 0.0
     is_split = _is_split(schedule)
 
     def arrival_s(needed: Action, rank: int) -> float:
@@ -268,11 +275,15 @@ def simulate(
                     break
                 free_s = ranks[rank][-1].end_s if ranks[rank] else 0.0
                 start_s = max([free_s, *(arrival_s(needed, rank) for needed in needs)])
-                ranks[rank].append(Span(action, start_s, start_s + duration(action)))
+                shared_s = min(max(0.0, link_free_s[rank] - start_s), held_up(action))
+                link_free_s[rank] += shared_s
+                held_up_s += shared_s
+                end_s = start_s + duration(action) + shared_s
+                ranks[rank].append(Span(action, start_s, end_s))
                 done[action] = (rank, ranks[rank][-1].end_s)
                 send(action, rank, ranks[rank][-1].end_s)
         if not waiting:
-            return Timeline(ranks)
+            return Timeline(ranks, held_up_s)
         if len(done) == num_done:
             raise ScheduleError(f"the schedule deadlocks: {', '.join(waiting.values())}")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from process_pool import ProcessPool
 from two_hosts import Link, joined
 
@@ -14,6 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # threads are left alone, so that a test can ask for more than one.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+
+settings.register_profile("any machine", deadline=None)  # A busy one is no reason to fail.
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from drawn import cut, directed_weighted, graph_of, symmetric_square
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -79,7 +79,6 @@ def cut_graphs(draw: st.DrawFn) -> tuple[Graph, list[int], list[int]]:
     return graph_of(n, edges, edge_weight=weight), compact.tolist(), way_id
 
 
-@settings(deadline=None)
 @given(cut_graphs())
 def test_renumbering_keeps_every_edge_with_its_weight(
     case: tuple[Graph, list[int], list[int]],

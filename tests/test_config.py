@@ -307,7 +307,7 @@ def configs(draw: st.DrawFn) -> Config:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs())
 def test_round_trip_gives_the_same_configuration(config: Config) -> None:
     assert from_dict(to_dict(config)) == config

@@ -98,7 +98,7 @@ def test_aggregate_equals_the_dense_product(
 
 
 # Widths on either side of a vector, and of eight of them, in both precisions.
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 11), min_size=1, max_size=6),
     st.integers(1, 140),

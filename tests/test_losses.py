@@ -19,7 +19,7 @@ def torchs_loss(
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 12), st.integers(1, 5), st.integers(0, 2**31), st.floats(0.1, 300.0))
 def test_loss_and_gradient_equal_torchs(
     num_rows: int, num_classes: int, seed: int, scale: float

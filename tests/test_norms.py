@@ -87,7 +87,7 @@ def shapes(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
     return sizes, draw(st.lists(orders, min_size=1, max_size=3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(), st.sampled_from(["batch", "graph"]), st.booleans())
 def test_a_chunk_is_normalised_by_itself_the_earlier_and_the_last_known_others(
     shape: tuple[list[int], list[list[int]]], kind: str, is_warm: bool

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from drawn import Csr, cliques, csr, path, star
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -53,7 +53,6 @@ def partitioned_graphs(draw: st.DrawFn) -> tuple[Csr, Assignment, int, int]:
     return csr(n, edges), Assignment(*ids), num_chunks, num_ways
 
 
-@settings(deadline=None)
 @given(partitioned_graphs())
 def test_quality_equals_brute_force(case: tuple[Csr, Assignment, int, int]) -> None:
     (indptr, indices), (chunk, way), num_chunks, num_ways = case

@@ -246,6 +246,19 @@ def test_unequal_durations_and_a_transfer_time() -> None:
     assert timeline.bubble_fraction == pytest.approx(1 - 12 / 22)
 
 
+def test_an_action_shares_its_link_with_results_that_leave() -> None:
+    # 0F0's result leaves from 1 to 2.5, so 0F1 ends at 2.5 instead of 2 and its own leaves from 3.
+    def held_up(action: Action) -> float:
+        return 0.5 if action == Action(0, "F", 1) else 0.0
+
+    timeline = simulate(fill_drain(2, 2), one_second, occupancy=1.5, held_up=held_up)
+    assert [span.start_s for span in timeline.ranks[1][:2]] == [2.5, 4.5]
+    assert timeline.ranks[0][1].end_s == 2.5
+    assert timeline.held_up_s == 0.5
+    quick = simulate(fill_drain(2, 2), one_second, held_up=held_up)  # All have left by then.
+    assert quick == simulate(fill_drain(2, 2), one_second)
+
+
 def test_a_transfer_time_may_depend_on_the_sender() -> None:
     timeline = simulate(
         fill_drain(2, 1), one_second, transfer=lambda a: {"F": 0.25, "B": 0.5}[a.kind]
