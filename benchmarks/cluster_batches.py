@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gnnpipe.config import Config
+from gnnpipe.configured import configured_updates
 from gnnpipe.graph import Graph
 from gnnpipe.models.plain import PlainModel
+from gnnpipe.optimizer import averaged_weights, make_optimizer
 
 
 class Batch(NamedTuple):
@@ -60,9 +62,8 @@ class Clusters:
                 weight.copy_(weights[self._model.name_of(name)])
         for conv in self._model.convs:
             conv.normalize = False  # Once for each batch, not in every layer.
-        training = config.training
-        rates = {"lr": training.lr, "weight_decay": training.weight_decay}
-        self._optimizer = torch.optim.Adam(self._model.parameters(), **rates)
+        updates = configured_updates(config)
+        self._optimizer = make_optimizer(self._model.parameters(), updates)
         torch.manual_seed(config.seed)
         self._whole = self._batch(np.arange(graph.num_nodes))
 
@@ -87,7 +88,9 @@ class Clusters:
     def evaluate(self) -> tuple[float, float]:
         """Accuracy of validation and test nodes, on the whole graph."""
         labels = self._whole.labels
-        right = (self._forward(self._whole, is_training=False).argmax(1) == labels).double()
+        with averaged_weights(self._optimizer):
+            scores = self._forward(self._whole, is_training=False)
+        right = (scores.argmax(1) == labels).double()
         masks = (self._graph.val_mask, self._graph.test_mask)
         known = [torch.from_numpy(mask) & (labels >= 0) for mask in masks]
         return float(right[known[0]].mean()), float(right[known[1]].mean())

@@ -1,10 +1,12 @@
 """How weights change: the update rule, its learning rate over the epochs, a bound on gradients.
 
-Neither rule nor rate has a state besides torch's own: the rate is a function of the epoch.
+Neither rule nor rate has a state besides torch's own: the rate is a function of the epoch. The
+averages of the weights are part of the optimizer's state, so checkpoints hold them.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,10 +27,18 @@ class Updates(NamedTuple):
     decay_every: int = 100
     decay: float = 0.5
     clip_norm: float | None = None
+    ema_decay: float = 0.0
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], updates: Updates) -> torch.optim.Optimizer:
     """The update rule of some parameters, which may be none: a stage of hops has no weights."""
+    optimizer = _rule(parameters, updates)
+    if updates.ema_decay:
+        optimizer.register_step_post_hook(lambda rule, *_: _average(rule, updates.ema_decay))
+    return optimizer
+
+
+def _rule(parameters: Iterable[nn.Parameter], updates: Updates) -> torch.optim.Optimizer:
     groups: Any = [{"params": list(parameters)}]
     # foreach would fuse parameters across layers, and so depend on the cut into stages.
     rates: Any = {"lr": updates.lr, "weight_decay": updates.weight_decay, "foreach": False}
@@ -39,6 +49,40 @@ def make_optimizer(parameters: Iterable[nn.Parameter], updates: Updates) -> torc
             return torch.optim.AdamW(groups, **rates)
         case "adam":
             return torch.optim.Adam(groups, **rates)
+
+
+@torch.no_grad()
+def _average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "average" not in state:
+                state["average"] = torch.zeros_like(parameter)
+                state["average_steps"] = torch.zeros((), dtype=torch.float64)
+            state["average_steps"] += 1
+            share = (1.0 - decay) / (1.0 - decay ** float(state["average_steps"]))
+            state["average"].lerp_(parameter, share)
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, weights are their exponential moving average over the optimizer's steps.
+
+    ``average = (1 - share) average + share weights`` after step t, with
+    ``share = (1 - decay) / (1 - decay^t)``, so that the weights of all steps add up to one (Polyak
+    and Juditsky, "Acceleration of stochastic approximation by averaging"; the bias correction is
+    Adam's). Without a decay, or before the first step, they are as they are.
+    """
+    averages = {p: s["average"] for p, s in optimizer.state.items() if "average" in s}
+    with torch.no_grad():
+        kept = [parameter.clone() for parameter in averages]
+        for parameter, average in averages.items():
+            parameter.copy_(average)
+        try:
+            yield
+        finally:
+            for parameter, own in zip(averages, kept, strict=True):
+                parameter.copy_(own)
 
 
 def learning_rate(epoch: int, updates: Updates) -> float:

@@ -11,6 +11,7 @@ from gnnpipe.config import Config
 from gnnpipe.configured import configured_task, configured_updates, model_layers
 from gnnpipe.fields import require
 from gnnpipe.graph import Graph
+from gnnpipe.optimizer import averaged_weights
 from gnnpipe.reference import Reference
 from gnnpipe.runs import WAIT_KINDS, Usage, gradient_norm
 from gnnpipe.shards import Shards
@@ -57,11 +58,14 @@ class ReferenceRun:
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split."""
-        return self._evaluator.accuracy(self._evaluator.evaluate())
+        with averaged_weights(self.reference.optimizer):
+            return self._evaluator.accuracy(self._evaluator.evaluate())
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by name."""
-        return named_state(list(enumerate(self.layers)))
+        with averaged_weights(self.reference.optimizer):
+            state = named_state(list(enumerate(self.layers)))
+            return {name: tensor.clone() for name, tensor in state.items()}
 
     def usage(self) -> Usage:
         """Nothing is sent."""

@@ -24,6 +24,7 @@ from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models.layer import Layer
 from gnnpipe.optimizer import (
+    averaged_weights,
     clip,
     learning_rate,
     make_optimizer,
@@ -266,7 +267,8 @@ class PipelineRun:
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
-        return self.task.figures(self._evaluator.evaluate())
+        with averaged_weights(self._optimizer):
+            return self.task.figures(self._evaluator.evaluate())
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights by name, on rank 0; way 0 of every other stage rank sends its own there."""
@@ -286,8 +288,9 @@ class PipelineRun:
             if count
         ]
         own = [(local.layer_index, local.layer) for local in self._local]
-        tensors = [tensor.flatten() for tensor in named_state(own).values()]
-        flat = torch.cat(tensors) if tensors else None
+        with averaged_weights(self._optimizer):
+            tensors = [tensor.flatten() for tensor in named_state(own).values()]
+            flat = torch.cat(tensors) if tensors else None
         self._reports.flush()
         parts = self._comm.collect_flat(flat, sizes)
         if self.rank != 0:

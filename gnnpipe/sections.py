@@ -224,6 +224,9 @@ class TrainingConfig:
     """step: factor of the learning rate at each step, in (0, 1]."""
     clip_norm: float | None = None
     """Largest norm of the gradient of all weights together; null is unbounded."""
+    ema_decay: float = 0.0
+    """Above 0, evaluations and saved weights take an exponential moving average of the weights
+    over optimizer steps; this is the share of the old average in the new one, in [0, 1)."""
     label_smoothing: float = 0.0
     """single_label: share of each target that is spread over all classes, in [0, 1)."""
     early_stop: int | None = None
@@ -241,7 +244,7 @@ class TrainingConfig:
         at_least(self, "training", epochs=1, weight_decay=0, eval_every=1, warm_up_epochs=0)
         at_least(self, "training", decay_every=1, early_stop=1, steps_per_epoch=1)
         require(self.lr > 0, "training.lr", self.lr, "must be above 0; 0.01 is usual")
-        for key in ("momentum", "label_smoothing"):
+        for key in ("momentum", "label_smoothing", "ema_decay"):
             value = getattr(self, key)
             require(0 <= value < 1, f"training.{key}", value, "must be at least 0 and below 1")
         rule = "must be above 0 and at most 1; 0.5 halves the learning rate at each step"

@@ -17,7 +17,14 @@ from torch.optim import lr_scheduler
 from gnnpipe.config import load_config
 from gnnpipe.errors import UserError
 from gnnpipe.metrics import read_metrics
-from gnnpipe.optimizer import Updates, clip, learning_rate, make_optimizer, squared_norm
+from gnnpipe.optimizer import (
+    Updates,
+    averaged_weights,
+    clip,
+    learning_rate,
+    make_optimizer,
+    squared_norm,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
@@ -137,6 +144,66 @@ def test_clipping_bounds_the_norm_of_all_weights_together() -> None:
     assert math.sqrt(float(squared_norm(parameters))) == pytest.approx(0.5, rel=1e-5)
 
 
+# --- averaged weights
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_averaged_weights_are_weighted_means_of_all_steps(rule: Any) -> None:
+    weight = nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double())
+    optimizer, seen = make_optimizer([weight], Updates(rule, 0.1, ema_decay=0.7)), []
+    with averaged_weights(optimizer):  # Before the first step there is nothing to average.
+        before = weight.detach().clone()
+    assert torch.equal(before, weight)
+    for step in range(1, 6):
+        weight.grad = weight.detach().cos()
+        optimizer.step()
+        seen.append(weight.detach().clone())
+        shares = 0.7 ** torch.arange(step).flip(0).double()
+        mean = torch.tensordot(shares / shares.sum(), torch.stack(seen), dims=1)
+        with averaged_weights(optimizer):
+            torch.testing.assert_close(weight.detach(), mean, rtol=0, atol=1e-12)
+        assert torch.equal(weight, seen[-1])
+    with pytest.raises(ZeroDivisionError), averaged_weights(optimizer):
+        _ = 1 / 0
+    assert torch.equal(weight, seen[-1])
+
+
+def test_evaluations_and_saved_weights_are_averages_and_training_is_not() -> None:
+    graph = woven(is_directed=True)
+    changes: dict[str, Any] = {"lr": 0.05, "ema_decay": 0.9}
+    config, plain = settings("gcnii", **changes), settings("gcnii", lr=0.05)
+    run, whole = pipeline(graph, config), reference(graph, config)
+    alone = reference(graph, plain)
+    for epoch in range(1, 7):
+        found = [each.train_epoch(epoch) for each in (run, whole, alone)]
+        assert found == pytest.approx([found[2]] * 3, rel=0, abs=1e-9)
+        assert run.evaluate() == whole.evaluate()
+    for key, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(run)[key], weight, rtol=0, atol=1e-9, msg=key)
+    gaps = [float((weights_of(alone)[k] - w).abs().max()) for k, w in weights_of(whole).items()]
+    assert min(gaps) > 1e-4
+
+
+def test_averages_are_bit_equal_for_every_cut_and_survive_a_restart(tmp_path: Path) -> None:
+    graph, found = woven(), []
+    for virtual in (1, 5):
+        config = settings("gcnii", dtype="float32", virtual_stages=virtual, ema_decay=0.9)
+        run = pipeline(graph, config, striped(graph, 4))
+        losses(run, 4)
+        found.append(weights_of(run))
+    assert all(torch.equal(found[1][key], weight) for key, weight in found[0].items())
+    write_ring(tmp_path)
+    directories = [tmp_path / name for name in ("whole", "parts")]
+    for directory in directories:
+        run_of = ring_run(tmp_path, directory, "training.ema_decay=0.8")
+        if directory.name == "parts":
+            train_until(run_of, 4)
+        train_on(run_of)
+    one, other = ((each / "weights" / "last.safetensors").read_bytes() for each in directories)
+    assert one == other
+    assert losses_in(directories[0]) == losses_in(directories[1])
+
+
 # --- label smoothing
 
 
@@ -208,6 +275,7 @@ def test_early_stopping_needs_validation_nodes(ring: Path, tmp_path: Path) -> No
     [
         ("training.momentum=1", r"`training.momentum` \(=1.0\) must be at least 0 and below 1"),
         ("training.label_smoothing=-1", r"`training.label_smoothing` \(=-1.0\) must be at least"),
+        ("training.ema_decay=1", r"`training.ema_decay` \(=1.0\) must be at least 0 and below 1"),
         ("training.decay=0", r"`training.decay` \(=0.0\) must be above 0 and at most 1"),
         ("training.clip_norm=0", r"`training.clip_norm` \(=0.0\) must be above 0, or null"),
         ("training.early_stop=0", r"`training.early_stop` \(=0\) must be at least 1"),
