@@ -1,5 +1,7 @@
 """Network namespaces joined by links of a chosen speed, made and removed by root.
 
+    python benchmarks/shaped_links.py --mbit 82     # how far they keep that speed
+
 Each rank has a namespace of its own with one interface, ``eth0``. All are ports of one bridge::
 
     rank 0 [eth0] --- htb --- [bridge] --- htb --- [eth0] rank 1
@@ -11,11 +13,22 @@ full queue acknowledgements would come so late that a sender's window stops it, 
 ranks that send both ways would get two thirds of the speed.
 """
 
+import argparse
 import os
 import shutil
+import socket
+import statistics
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+PORT = 5000
+ROUNDS = 20
+SIZES = (1_000, 20_000, 50_000, 200_000, 1_000_000)
+CHAIN_RANKS, CHAIN_BYTES = 4, 20_000_000
 
 HEADERS = 1514 / 1448
 """Bytes on the wire for each byte of payload."""
@@ -109,3 +122,95 @@ def _ip(*arguments: str) -> None:
 
 def _tc(namespace: str, *arguments: str) -> None:
     subprocess.run(["tc", "-n", namespace, *arguments], check=True)
+
+
+def main() -> None:
+    """Prints how long messages take after a pause, and in a chain that sends both ways."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mbit", type=float, default=82.0, help="speed of each link, Mbit/s")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        (_ping if options.bytes else _chain)(options.rank, options.bytes)
+        return
+    if reason := why_not():
+        parser.error(reason)
+    say("| message | ms | at the link's speed |\n| --- | ---: | ---: |")
+    with shaped_links(2, options.mbit) as names:
+        for size in SIZES:
+            (median_s,) = _seconds(names, size)
+            say(f"| {size} bytes | {median_s * 1e3:.2f} | {size * 8 / options.mbit / 1e3:.2f} |")
+    with shaped_links(CHAIN_RANKS, options.mbit) as names:
+        longest_s, ideal_s = max(_seconds(names, 0)), 2 * CHAIN_BYTES * 8e-6 / options.mbit
+        say(f"| {CHAIN_BYTES} both ways | {longest_s * 1e3:.0f} | {ideal_s * 1e3:.0f} |")
+
+
+def _seconds(names: list[str], size: int) -> list[float]:
+    """What the ranks print, each in its namespace."""
+    program = [sys.executable, __file__, "--bytes", str(size), "--rank"]
+    commands = [inside(name, [*program, str(rank)]) for rank, name in enumerate(names)]
+    children = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    return [float(x) for child in children for x in child.communicate(timeout=120)[0].split()]
+
+
+def _address(rank: int) -> tuple[str, int]:
+    return f"10.213.0.{rank + 1}", PORT
+
+
+def _to(rank: int) -> socket.socket:
+    for _ in range(100):  # Until it listens.
+        try:
+            return socket.create_connection(_address(rank))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise TimeoutError
+
+
+def _take(peer: socket.socket, size: int) -> None:
+    while size > 0:
+        size -= len(peer.recv(min(size, 1 << 20)))
+
+
+def _ping(rank: int, size: int) -> None:
+    """Rank 0 sends after pauses, and prints the median time until a byte comes back."""
+    if rank:
+        peer, _ = socket.create_server(_address(rank)).accept()
+        for _ in range(ROUNDS):
+            _take(peer, size)
+            peer.sendall(b".")
+        return
+    peer, found = _to(1), []
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range(ROUNDS):
+        time.sleep(0.05)
+        start_s = time.perf_counter()
+        peer.sendall(bytes(size))
+        _take(peer, 1)
+        found.append(time.perf_counter() - start_s)
+    say(str(statistics.median(found)))
+
+
+def _chain(rank: int, _: int) -> None:
+    """Every rank sends to both neighbours at once, and prints when it has all of theirs."""
+    server = socket.create_server(_address(rank))
+    peers = [peer for peer in (rank - 1, rank + 1) if 0 <= peer < CHAIN_RANKS]
+    out = [_to(peer) for peer in peers]
+    into = [server.accept()[0] for _ in peers]
+    start_s = time.perf_counter()
+    jobs = [threading.Thread(target=peer.sendall, args=(bytes(CHAIN_BYTES),)) for peer in out]
+    jobs += [threading.Thread(target=_take, args=(peer, CHAIN_BYTES)) for peer in into]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    say(str(time.perf_counter() - start_s))
+
+
+def say(text: str) -> None:
+    """One line of output."""
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
