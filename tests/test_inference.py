@@ -17,6 +17,7 @@ from gnnpipe.inference import evaluate_run, predict_run
 from gnnpipe.metrics import read_metrics
 from gnnpipe.preflight import THREAD_VARIABLES
 from gnnpipe.reference_run import ReferenceRun
+from gnnpipe.state import load_state
 from gnnpipe.trainer import Trainer
 from gnnpipe.weights import load_weights
 
@@ -95,11 +96,8 @@ def reference_scores(overrides: list[str], directory: Path) -> NDArray[np.float6
     config = load_config(None, overrides)
     run = ReferenceRun(config, load_graph(config.data.name), device=torch.device("cpu"))
     saved = load_weights(directory / "weights" / "best.safetensors")[0]
-    weights = run.weights()
-    assert weights.keys() == saved.keys()
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(saved[name])
+    assert run.weights().keys() == saved.keys()
+    load_state(list(enumerate(run.layers)), saved)
     scores: NDArray[np.float64] = run.reference.evaluate().numpy()
     return scores
 
