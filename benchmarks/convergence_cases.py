@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
+from gnnpipe.sources import merge
+
 PUBLISHED = {"period": 23, "warm_start": "zeros", "order": "shuffled", "cross_chunk_gradient": 2.0}
-VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
-    "exact": {},
-    "default": {},
+_NEVER: Mapping[str, Mapping[str, object]] = {"history": {"refresh_every": None}}
+_NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "never refreshed": {},
     "published": {"history": PUBLISHED, "partition": {"method": "metis-grouped"}},
     # Each of the published techniques taken away, and each alone.
     "published, fixed order": {"history": {**PUBLISHED, "order": "fixed"}},
@@ -46,6 +48,13 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "clean, predict 0.5": {"idea": {"store": "clean", "predict": 0.5}},
 }
 
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "exact": {},
+    "default": {},
+    "refresh every 5": {"history": {"refresh_every": 5}},
+    **{name: merge(_NEVER, changes) for name, changes in _NEVER_REFRESHED.items()},
+}
+
 GRAPHS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "cora": {"data": {"row_normalize": True}, "training": {"epochs": 200}},
     "pubmed": {"training": {"epochs": 100}},
@@ -84,8 +93,8 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("pubmed", "gcnii"): {"training": {"epochs": 60}, "model": {"dropout": 0.3}},
     ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
     ("amazon_computers", "gcnii"): {
-        "training": {"epochs": 240, "weight_decay": 0.0, "clip_norm": 1.0},
-        "model": {"dropout": 0.2, "alpha": 0.3, "theta": 1.0},
+        "training": {"epochs": 160, "weight_decay": 0.0, "clip_norm": 1.0},
+        "model": {"dropout": 0.2, "alpha": 0.3, "theta": 1.0, "norm": "layer"},
     },
     ("amazon_computers", "resgcn+"): {
         "training": {"epochs": 240, "lr": 5e-3},

@@ -75,6 +75,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             "warm_start": "zeros",
             "order": "shuffled",
             "cross_chunk_gradient": 2.0,
+            "refresh_every": None,
         },
     },
 }

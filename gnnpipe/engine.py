@@ -233,9 +233,10 @@ class Engine:
             self._comm.flush()
         return logits
 
-    def evaluate(self) -> Tensor:
-        """The task's tally over all ranks, on every rank; see ``Task.figures``."""
-        logits, targets, task = self.infer(), self._inputs.all_targets, self._inputs.task
+    def evaluate(self, *, into_tables: bool = False) -> Tensor:
+        """The task's tally over all ranks, on every rank; see ``Task.figures``, :meth:`infer`."""
+        logits = self.infer(into_tables=into_tables)
+        targets, task = self._inputs.all_targets, self._inputs.task
         if task.needs_all_scores:
             logits, targets = self._collected(logits)
         tally = torch.zeros(task.tally_shape, dtype=torch.float64)

@@ -186,7 +186,8 @@ def _epoch(
         start = time.perf_counter()
         accuracy, staleness = run.evaluate(), run.staleness()
         evaluation_s = time.perf_counter() - start
-    evaluation_bytes = run.usage().sent_bytes[KINDS.index("evaluation")]
+    kind = KINDS.index("evaluation")
+    evaluation_bytes = usage.sent_bytes[kind] + run.usage().sent_bytes[kind]
     own = [loss, epoch_s, peak_memory_bytes(), run.table_bytes, evaluation_bytes]
     rest = [*usage.sent_bytes, *usage.wait_s, *run.gradient_norms()]
     values = torch.tensor([*own, *rest], dtype=torch.float64)

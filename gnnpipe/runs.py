@@ -23,6 +23,7 @@ from gnnpipe.kernels import half_products_gain
 from gnnpipe.mesh import Mesh
 from gnnpipe.messages import Formats
 from gnnpipe.models.layer import Layer
+from gnnpipe.models.norm import NodeNorm
 from gnnpipe.optimizer import (
     averaged_weights,
     clip,
@@ -156,6 +157,10 @@ class PipelineRun:
         self._layers = layers
         self._num_chunks = chunked.num_chunks
         self._has_trained = False
+        self._epoch = 0
+        """The last one that was trained here."""
+        self._refreshed = 0
+        """The epoch after which an evaluation left exact histories."""
         self.rank, self.world_size = world.rank, world.world_size
         self.num_parameters = sum(p.numel() for layer in layers for p in layer.parameters())
         mesh = Mesh(parallel.num_stages, parallel.num_ways)
@@ -208,6 +213,7 @@ class PipelineRun:
         self.table_bytes = table_bytes(t for stage in self._stages for t in stage.tables)
         parameters = [p for stage in self._stages for p in stage.parameters]
         self._updates = configured_updates(config)
+        self._is_one_forward = evaluated_on is None and _refreshes_by_evaluating(config, layers)
         self._optimizer = make_optimizer(parameters, self._updates)
 
     def warm_start(self) -> None:
@@ -219,6 +225,8 @@ class PipelineRun:
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes the epoch's optimizer steps; returns this rank's part of the loss."""
         config = self._config
+        if self._is_due(epoch - 1):
+            self.engine.infer(into_tables=True)
         order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
         recorder = self._comm.recorder
         recorder.start()
@@ -234,11 +242,18 @@ class PipelineRun:
                 self._update()
             recorder.step(start_s=start_s, end_s=time.perf_counter())
         self._renew_histories()
+        self._epoch = epoch
         self._reports.take(recorder.stop())
         if not self._has_trained:
             give_back_memory()
         self._has_trained = True
         return loss
+
+    def _is_due(self, epoch: int) -> bool:
+        """Whether the histories that an epoch has left are to be replaced by exact ones."""
+        every = self._config.history.refresh_every
+        is_wanted = every is not None and epoch > 0 and epoch % every == 0
+        return is_wanted and self._num_chunks > 1 and self._refreshed != epoch
 
     def _renew_histories(self) -> None:
         """Between two epochs: fits predictions, and recomputes histories that drift too far."""
@@ -266,9 +281,13 @@ class PipelineRun:
         return self.engine.staleness(len(self._layers))
 
     def evaluate(self) -> dict[str, float | None]:
-        """Accuracy of each split, on every rank."""
+        """Accuracy of each split, on every rank; refreshes the histories on the way if due."""
+        is_refresh = self._is_one_forward and self._is_due(self._epoch)
         with averaged_weights(self._optimizer):
-            return self.task.figures(self._evaluator.evaluate())
+            tally = self._evaluator.evaluate(into_tables=is_refresh)
+        if is_refresh:
+            self._refreshed = self._epoch
+        return self.task.figures(tally)
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights by name, on rank 0; way 0 of every other stage rank sends its own there."""
@@ -378,6 +397,17 @@ class PipelineRun:
     @property
     def _local(self) -> list[LocalLayer]:
         return [local for stage in self._stages for local in stage.layers]
+
+
+def _refreshes_by_evaluating(config: Config, layers: Sequence[Layer]) -> bool:
+    """Whether the exact forward that refreshes histories computes what an evaluation does.
+
+    Not with averaged weights, rows rounded by the tables, or norms over nodes, whose statistics
+    it takes chunk by chunk.
+    """
+    is_other = config.training.ema_decay > 0 or config.history.dtype is not None
+    modules = (module for layer in layers for module in layer.modules())
+    return not is_other and not any(isinstance(module, NodeNorm) for module in modules)
 
 
 def table_bytes(tables: Iterable[Table]) -> int:

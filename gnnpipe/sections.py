@@ -280,13 +280,16 @@ class HistoryConfig:
     finer, and infinite above 65,504."""
     predict: Literal["linear"] | None = None
     """Extrapolate kept rows along their last change, by a coefficient fitted to each layer."""
+    refresh_every: int | None = 10
+    """Epochs between exact forwards that renew all histories; null has none. One that falls on an
+    evaluation serves for both."""
     max_drift: float | None = None
     """Renew all histories by an exact forward after an epoch whose values were, in some layer,
     more than this share away from the historical ones that it read; null never does."""
 
     def __post_init__(self) -> None:
         settle(self, "history")
-        at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0)
+        at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0, refresh_every=1)
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
         rule = "must be between 0 (none) and 1 (undamped)"

@@ -64,6 +64,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "history_momentum": 0.0,
             "predict": None,
             "max_drift": None,
+            "refresh_every": None,
             "late_gradient": 0.0,
             "late_gradient_momentum": 0.0,
             "history_dtype": None,

@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smoothed": {"history_momentum": 0.4},
     "late": {"late_gradient": 0.5},
     "late, averaged": {"late_gradient": 1.0, "late_gradient_momentum": 0.6},
+    "refreshed": {"refresh_every": 3},
     "renewed": {"max_drift": 0.0, "late_gradient": 1.0, "keeps_dropout": False},
 }
 

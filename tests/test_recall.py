@@ -205,6 +205,52 @@ def test_drift_beyond_the_bound_renews_and_drift_within_does_not(
         assert len(calls) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"keeps_dropout": False}, {"period": 2}])
+def test_every_other_epoch_starts_from_exact_histories(options: dict[str, Any]) -> None:
+    graph = woven()
+    config = settings("gcnii", dropout=0.0, refresh_every=2, **options)
+    run, plain = pipeline(graph, config, striped(graph, 4)), pipeline(graph, config)
+    is_exact = []
+    for epoch in range(1, 7):
+        plain.load_weights(weights_of(run))
+        exact = plain.engine.train_step(epoch, [0])
+        is_exact.append(abs(run.train_epoch(epoch) - exact) < 1e-12)
+    assert is_exact == [True, False] * 3
+
+
+APART = [False, False, True, False, False]
+"""Evaluations after four epochs, and before the third one a forward that refreshes."""
+
+
+@pytest.mark.parametrize(
+    ("options", "num_chunks", "expected"),
+    [
+        ({}, 4, [False, True, False, True]),
+        ({}, 1, [False] * 4),
+        ({"norm": "batch"}, 4, APART),
+        ({"norm": "graph"}, 4, APART),
+        ({"ema_decay": 0.5}, 4, APART),
+        ({"history_dtype": "bfloat16", "dtype": "float32"}, 4, APART),
+    ],
+)
+def test_evaluation_refreshes_where_it_is_the_same_forward_and_changes_no_loss(
+    options: dict[str, Any], num_chunks: int, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("gcnii", refresh_every=2, **options)
+    run, other = (pipeline(woven(), config, striped(woven(), num_chunks)) for _ in range(2))
+    infer, inferred = run.engine.infer, []
+
+    def noted(*, into_tables: bool = False) -> torch.Tensor | None:
+        inferred.append(into_tables)
+        return infer(into_tables=into_tables)
+
+    monkeypatch.setattr(run.engine, "infer", noted)
+    for epoch in range(1, 5):
+        assert run.train_epoch(epoch) == other.train_epoch(epoch)
+        run.evaluate()
+    assert inferred == expected
+
+
 # --- last epoch's gradients
 
 
@@ -264,7 +310,10 @@ def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["history.dropout=false"], ["history.predict=linear", "model.dropout=0", "training.lr=0.1"]],
+    [
+        ["history.dropout=false", "history.refresh_every=3"],
+        ["history.predict=linear", "model.dropout=0", "training.lr=0.1"],
+    ],
 )
 def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Path) -> None:
     write_ring(tmp_path)
@@ -276,6 +325,16 @@ def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Pat
         train_until(run, epoch)
         train_on(run)
         assert losses_in(tmp_path / str(epoch)) == losses_in(tmp_path / "whole")
+
+
+def test_refresh_that_is_due_survives_a_restart(tmp_path: Path) -> None:
+    write_ring(tmp_path)
+    options = ["history.refresh_every=3", "training.eval_every=100"]
+    train_on(ring_run(tmp_path, tmp_path / "whole", *options))
+    run = ring_run(tmp_path, tmp_path / "parts", *options)
+    train_until(run, 3)
+    train_on(run)
+    assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
 
 
 def test_memory_of_what_is_kept_is_counted() -> None:
@@ -293,6 +352,7 @@ def test_memory_of_what_is_kept_is_counted() -> None:
     ("options", "message"),
     [
         (["history.momentum=1"], r"`history.momentum` \(=1.0\) must be at least 0 and below 1"),
+        (["history.refresh_every=0"], r"`history.refresh_every` \(=0\) must be at least 1"),
         (["history.late_gradient=2"], r"`history.late_gradient` \(=2.0\) must be between 0"),
         (
             ["history.late_gradient=1", "history.late_gradient_momentum=1"],

@@ -141,6 +141,7 @@ KEPT = [
     "history.momentum=0.1",
     "history.predict=linear",
     "history.max_drift=0.2",
+    "history.refresh_every=3",
     "history.late_gradient=0.5",
 ]
 
@@ -185,6 +186,7 @@ PLAIN = {
     "history.momentum": 0,
     "history.predict": "null",
     "history.max_drift": "null",
+    "history.refresh_every": "null",
 }
 
 
