@@ -52,6 +52,9 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
     "refresh every 5": {"history": {"refresh_every": 5}},
+    "refreshed, late gradient 1, smoothed 0.8": {
+        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}
+    },
     **{name: merge(_NEVER, changes) for name, changes in _NEVER_REFRESHED.items()},
 }
 

@@ -225,12 +225,12 @@ class PipelineRun:
     def train_epoch(self, epoch: int, *, is_measured: bool = False) -> float:
         """Takes the epoch's optimizer steps; returns this rank's part of the loss."""
         config = self._config
+        order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
+        self._comm.wait_s.clear()  # What was waited for between epochs is no part of one.
         if self._is_due(epoch - 1):
             self.engine.infer(into_tables=True)
-        order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
         recorder = self._comm.recorder
         recorder.start()
-        self._comm.wait_s.clear()  # What was waited for between epochs is no part of one.
         set_learning_rate(self._optimizer, learning_rate(epoch, self._updates))
         is_measured |= config.history.max_drift is not None
         loss = 0.0
