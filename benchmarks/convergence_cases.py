@@ -52,6 +52,9 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
     "refresh every 5": {"history": {"refresh_every": 5}},
+    "refreshed, dropout false, late gradient 1": {
+        "history": {"dropout": False, "late_gradient": 1.0}
+    },
     "refreshed, late gradient 1, smoothed 0.8": {
         "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}
     },
