@@ -194,12 +194,13 @@ class _StageBuilder:
         if plan.is_trained and not plan.keeping.is_plain:
             keeping, period = plan.keeping, plan.period
             recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
-        late, channels = None, layer.table_channels
+        late = None
         if plan.is_trained and plan.late_gradient:
             _check_aggregates(layer, plan.late_gradient)
+        if plan.is_trained and plan.late_gradient and len(cells.chunks) > 1:
             late = LateGradients(
                 num_gradients,
-                channels,
+                layer.table_channels,
                 like=self._like,
                 factor=plan.late_gradient,
                 momentum=plan.late_gradient_momentum,

@@ -98,7 +98,7 @@ class Storage(NamedTuple):
     kept_copies: int = 0
     """Copies of its own rows that a table keeps beside its values, instead of a snapshot."""
     has_late_gradients: bool = False
-    """Whether a table keeps last epoch's gradients too."""
+    """Whether a table keeps earlier epochs' gradients too."""
     is_split: bool = False
     """Whether backwards leave the weights' gradients for later."""
 
@@ -189,7 +189,7 @@ def predict_memory_bytes(
     by_hand = sum(layer.input_lies_in_table for layer in layers)
     records = HAND_RECORD_BYTES * by_hand + RECORD_BYTES * (len(layers) - by_hand)
     return MemoryBytes(
-        tables=_table_bytes(layers, way, storage),
+        tables=_table_bytes(layers, way, storage, has_history=num_chunks > 1),
         activations=activations,
         records=records * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
@@ -217,8 +217,10 @@ def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
     return num_rows * (halo + layer.in_channels)
 
 
-def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage) -> int:
-    """The tables: values, snapshot or kept rows, gradients, last epoch's gradients."""
+def _table_bytes(
+    layers: Sequence[LayerShape], way: WayCounts, storage: Storage, *, has_history: bool
+) -> int:
+    """The tables: values, snapshot or kept rows, gradients, earlier epochs' gradients."""
     values, gradients, kept, late, shared = 0, 0, 0, 0, {}
     for layer in layers:
         if layer.operator == "none":
@@ -228,7 +230,7 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
         values += (way.num_rows + way.in_mirrors) * layer.table_channels
         numbers = (way.num_rows + mirrors) * layer.table_channels
         kept += storage.kept_copies * way.num_rows * layer.table_channels
-        late += storage.has_late_gradients * numbers
+        late += storage.has_late_gradients and has_history and numbers
         if storage.mode == "recompute" and way.is_closed:
             shared[is_gather, layer.table_channels] = numbers
         else:

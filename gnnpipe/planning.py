@@ -76,7 +76,9 @@ def profile_of(
     )
     if cuts is None:
         cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
-    return measure(cuts, lambda: model_layers(short, graph))
+    return measure(
+        cuts, lambda: model_layers(short, graph), late_gradient=config.history.late_gradient
+    )
 
 
 def shape_of(graph: Graph) -> GraphShape:

@@ -26,23 +26,34 @@ Sample = tuple[float, float, float]
 """Rows, edges, seconds."""
 
 
-def measure(graphs: Sequence[ChunkedGraph], layers: Callable[[], Sequence[Layer]]) -> Profile:
+def measure(
+    graphs: Sequence[ChunkedGraph],
+    layers: Callable[[], Sequence[Layer]],
+    *,
+    late_gradient: float = 0.0,
+) -> Profile:
     """Times a short model, layer by layer, over all chunks.
 
     Args:
         graphs: one graph cut into different numbers of chunks.
         layers: makes the model on the meta device: an input layer, at least one convolution,
             an output layer.
+        late_gradient: factor on earlier epochs' gradients; above 0 they take their time.
     """
     samples: dict[str, list[Sample]] = defaultdict(list)
     step_s = 0.0
     for graph in graphs:
-        step_s = _run(graph, layers(), samples)
+        step_s = _run(graph, layers(), samples, late_gradient)
     lines = {name: _fit(values) for name, values in samples.items()}
     return Profile(lines, step_s, f"measured here, {torch.get_num_threads()} thread(s)")
 
 
-def _run(graph: ChunkedGraph, layers: Sequence[Layer], samples: dict[str, list[Sample]]) -> float:
+def _run(
+    graph: ChunkedGraph,
+    layers: Sequence[Layer],
+    samples: dict[str, list[Sample]],
+    late_gradient: float,
+) -> float:
     """Adds the middle time of each (layer, chunk); returns the optimizer's per parameter."""
     like = torch.empty(0)
     comm = Comm(Mesh(1, 1), 0, groups=Groups(), like=like, timeout_s=60.0)
@@ -54,6 +65,8 @@ def _run(graph: ChunkedGraph, layers: Sequence[Layer], samples: dict[str, list[S
         virtual_stages=count,
         period=1,
         cross_chunk_gradient=2.0,
+        late_gradient=late_gradient,
+        late_gradient_momentum=0.5,  # An average costs a little more than the last alone.
     )
     engine = build_engine(graph, layers, plan=plan, comm=comm, like=like)
     stages = [engine.stages[index] for index in range(count)]

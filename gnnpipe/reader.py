@@ -144,22 +144,33 @@ class Reader:
         # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
         for gate in self._gates:
             gate.fill_(1.0)
-        dx = self._backward(wait, out)
         if late is not None:
-            self._add_late(dx, late)
+            return self._back_late(wait, out, late)
+        dx = self._backward(wait, out)
         # From here on these rows are read by other chunks only.
         for gate in self._gates:
             gate.fill_(self.factor)
         return dx
 
-    def _add_late(self, dx: Tensor, late: LateGradients) -> None:
-        """Adds last epoch's gradients of readers that are still to come, and keeps this one's."""
-        assert self.cell.backward is not None
-        for rows in (self.cell.rows, self.cell.out_mirrors):
-            late.close(rows)
-            late.take(self.table.gradients, rows)
-        if not self.cell.is_closed:
-            dx += self._late(self.cell.backward.empty_product(late.rows))
+    def _back_late(
+        self, wait: Callable[[], None], out: Tensor | None, late: LateGradients
+    ) -> Tensor:
+        """The same, where readers to come have late gradients."""
+        gradients, mirrors = self.table.gradients, self.cell.out_mirrors
+        has_mirrors = mirrors.stop > mirrors.start
+
+        def wait_and_show() -> None:
+            wait()
+            if has_mirrors:
+                late.show(gradients, mirrors)
+
+        late.show(gradients, self.cell.rows)
+        dx = self._backward(wait_and_show, out)
+        if self.factor != 1.0:
+            late.rows[self.cell.rows] *= self.factor
+            if has_mirrors:
+                late.rows[mirrors] *= self.factor
+        return dx
 
     @cached_property
     def _own_rows(self) -> Tensor:
@@ -175,15 +186,10 @@ class Reader:
         return _overlapped(self.cell.forward, self.cell.forward_halves, self.table.values)
 
     @cached_property
-    def _late(self) -> Callable[[Tensor], Tensor]:
-        late = self.table.late
-        assert late is not None
-        assert self.cell.backward is not None
-        return prepare(self.cell.backward, late.rows, rows=None, gate=late.gate)
-
-    @cached_property
     def _backward(self) -> "_Sum":
         cell, table = self.cell, self.table
+        if table.late is not None:
+            return _overlapped(cell.backward, cell.backward_halves, table.late.rows)
         gate = None if cell.is_closed else table.gate
         return _overlapped(cell.backward, cell.backward_halves, table.gradients, gate)
 

@@ -108,13 +108,13 @@ class Recall:
 
 
 class LateGradients:
-    """Last epoch's gradients, for the readers that saw a row as history.
+    """Earlier epochs' gradients, for the readers that saw a row as history.
 
     A chunk's backward knows the gradients of the chunks after it. Those before it have read its
-    historical rows, and their gradients come later; last epoch's stand in for them, damped by a
-    factor, so that paths which leave a chunk against the order, or come back to it, are not lost
-    (LMC, arXiv 2302.00924, compensates subgraph sampling like this). While weights stand still
-    the gradients of L layers are exact after L epochs.
+    historical rows, and their gradients come later; those of earlier epochs stand in for them,
+    damped by a factor, so that paths which leave a chunk against the order, or come back to it,
+    are not lost (LMC, arXiv 2302.00924, compensates subgraph sampling like this). While weights
+    stand still the gradients of L layers are exact after L epochs.
 
     One epoch's gradient of a row says little about the next one's, since masks of dropout and the
     order of the chunks are others. With a momentum an average over epochs is kept (as PipeGCN
@@ -122,7 +122,15 @@ class LateGradients:
     the first epoch on (as Adam corrects its bias; Kingma and Ba, arXiv 1412.6980)::
 
         share = (1 - momentum) / (1 - momentum^epoch)
-        rows  = (1 - share) * rows + share * gradients
+        late  = (1 - share) * late + share * factor * gradients
+
+    Every row of :attr:`rows` is what its readers need at that moment, so they need no gate, and
+    read each edge once: the late gradient up to the backward of its chunk, and the step's own
+    from then on, while the new late one waits where the own one was::
+
+        step         forward ... | backward of the row's chunk | ...    | end of the step
+        rows         late                                      | own    | new late
+        gradients    sums                                 own  | new late
 
     Args:
         num_rows: rows of the table's gradients.
@@ -136,8 +144,6 @@ class LateGradients:
         self, num_rows: int, channels: int, *, like: Tensor, factor: float, momentum: float = 0.0
     ) -> None:
         self.rows = like.new_zeros((num_rows, channels))
-        self.gate = like.new_zeros(num_rows)
-        """Factor of each row for its readers; 0 where this step's own gradient is known."""
         self._factor = factor
         self._momentum = momentum
         self._share = like.new_ones(())  # A tensor, so that captured kernels read it.
@@ -146,17 +152,21 @@ class LateGradients:
         """Epochs count from 1."""
         self._share.fill_((1.0 - self._momentum) / (1.0 - self._momentum**epoch))
 
-    def start_step(self) -> None:
-        """All rows are of another step."""
-        self.gate.fill_(self._factor)
+    def show(self, gradients: Tensor, rows: slice) -> None:
+        """From here on readers see the step's own gradients of these rows.
 
-    def close(self, rows: slice) -> None:
-        """From here on the step's own gradients of these rows are read."""
-        self.gate[rows] = 0.0
-
-    def take(self, gradients: Tensor, rows: slice) -> None:
-        """Keeps rows for the next step that does not compute them first."""
+        Args:
+            gradients: those, ``[num_rows, channels]``; new late ones afterwards.
+            rows: which.
+        """
+        own, seen = gradients[rows], self.rows[rows]
+        late = own if self._factor == 1.0 else own * self._factor
         if self._momentum:
-            self.rows[rows].lerp_(gradients[rows], self._share)
-        else:
-            self.rows[rows] = gradients[rows]
+            late = torch.lerp(seen, late, self._share)
+        seen.copy_(own)
+        if late is not own:
+            own.copy_(late)
+
+    def settle(self, gradients: Tensor, gate: Tensor) -> None:
+        """Takes the new late gradients of the rows with a gate, when the step has ended."""
+        torch.where(gate[:, None] != 0, gradients, self.rows, out=self.rows)

@@ -146,6 +146,8 @@ class Stage:
                 stretch.forget()
         assert not self._records, "chunks without a backward"
         assert not self._later, "backwards without their second half"
+        for table in self.tables:
+            table.end_step()
         for local in self.layers:
             for moments in local.norms.values():
                 moments.end_step()

@@ -277,11 +277,15 @@ def test_averaged_late_gradients_are_weighted_means_from_the_first_epoch_on() ->
     seen = [torch.randn(3, 2).double() for _ in range(5)]
     for epoch, gradients in enumerate(seen, start=1):
         late.start_epoch(epoch)
-        late.take(gradients, slice(0, 3))
+        place = gradients.clone()
+        late.show(place, slice(0, 2))
+        assert torch.equal(late.rows[:2], gradients[:2])
+        late.settle(place, torch.tensor([1.0, 1.0, 0.0]))
         ages = torch.arange(epoch).flip(0).double()
         weights = 0.6**ages
         mean = torch.tensordot(weights / weights.sum(), torch.stack(seen[:epoch]), dims=1)
-        torch.testing.assert_close(late.rows, mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(late.rows[:2], mean[:2], rtol=0, atol=1e-12)
+        assert not late.rows[2].any()  # Its chunk has had no backward.
 
 
 def test_a_run_averages_its_late_gradients() -> None:
@@ -298,6 +302,11 @@ def test_a_run_averages_its_late_gradients() -> None:
     run.train_epoch(2)  # A mean of zeros and the same gradient again.
     share = 0.4 / (1.0 - 0.6**2)
     torch.testing.assert_close(table.late.rows, share * first, rtol=0, atol=1e-14)
+
+
+def test_one_chunk_has_no_late_gradients() -> None:
+    run = pipeline(woven(), settings("gcn", late_gradient=1.0))
+    assert [table.late for table in tables_of(run).values()] == [None] * 3
 
 
 def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
