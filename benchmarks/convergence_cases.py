@@ -116,6 +116,10 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
         "training": {"epochs": 20, "lr": 5e-3},
         "model": {"dropout": 0.2},
     },
+    ("cora", "sage+norm"): {
+        "training": {"epochs": 400, "lr": 2e-3, "weight_decay": 1e-3},
+        "model": {"dropout": 0.3},
+    },
     ("ogbn_arxiv", "gcnii"): {
         "training": {"epochs": 40, "weight_decay": 0.0},
         "model": {"dropout": 0.1},
