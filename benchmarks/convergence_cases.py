@@ -52,11 +52,9 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
     "refresh every 5": {"history": {"refresh_every": 5}},
-    "refreshed, dropout false, late gradient 1": {
-        "history": {"dropout": False, "late_gradient": 1.0}
-    },
-    "refreshed, late gradient 1, smoothed 0.8": {
-        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}
+    **{
+        f"refreshed, {name}": _NEVER_REFRESHED[name]
+        for name in ("dropout false, late gradient 1", "late gradient 1, smoothed 0.8")
     },
     **{name: merge(_NEVER, changes) for name, changes in _NEVER_REFRESHED.items()},
 }

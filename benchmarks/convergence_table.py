@@ -67,12 +67,12 @@ def summary(groups: Groups) -> list[str]:
                 continue
             pairs = [100 * (cells[s]["test"] - plain[s]["test"]) for s in seeds]
             pooled += pairs if variant == "default" else []
-            exact = mean_of([100 * plain[s]["test"] for s in seeds])
+            exact = [100 * plain[s]["test"] for s in seeds]
             name = f"{graph}, {model} {layers} x {hidden}, {epochs} epochs"
-            figures = f"{mean_of(pairs)} | {upper_bound(pairs):.2f} | {min(pairs):.1f}"
-            figures += f" | {worst_by_chance([100 * plain[s]['test'] for s in seeds]):.1f}"
+            worst = f"{min(pairs):.1f} | {worst_by_chance(exact):.1f}"
+            figures = f"{mean_of(exact)} | {mean_of(pairs)} | {upper_bound(pairs):.2f} | {worst}"
             lines.append(
-                f"| {name} | {chunks} | {variant} | {len(seeds)} | {exact} | {figures} "
+                f"| {name} | {chunks} | {variant} | {len(seeds)} | {figures} "
                 f"| {epochs_ratio(cells, plain, seeds)} |"
             )
     if pooled:

@@ -194,10 +194,10 @@ class _StageBuilder:
         if plan.is_trained and not plan.keeping.is_plain:
             keeping, period = plan.keeping, plan.period
             recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
-        late = None
-        if plan.is_trained and plan.late_gradient:
+        late, is_late = None, plan.is_trained and plan.late_gradient > 0
+        if is_late:
             _check_aggregates(layer, plan.late_gradient)
-        if plan.is_trained and plan.late_gradient and len(cells.chunks) > 1:
+        if is_late and len(cells.chunks) > 1:  # One chunk reads no history.
             late = LateGradients(
                 num_gradients,
                 layer.table_channels,

@@ -36,7 +36,7 @@ class Table:
         like: a tensor that gives dtype and device.
         period: epochs between refreshes of the historical values, see :meth:`start_epoch`.
         recall: what is remembered instead of the last values.
-        late: earlier epochs' gradients, of an aggregation; they need no gate.
+        late: earlier epochs' gradients, of an aggregation; with them nothing needs a gate.
         scratch: memory for the gradients that other tables use too; only where no chunk reads
             another's rows, and where a layer's forward is run again before its backward.
         dtype: of the values; None is that of ``like``.
@@ -92,11 +92,6 @@ class Table:
         """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
         self.gate.zero_()
         self._is_zeroed = False
-
-    def end_step(self) -> None:
-        """What late gradients have learned is for the next step."""
-        if self.late is not None:
-            self.late.settle(self.gradients, self.gate)
 
     def end_epoch(self, epoch: int) -> None:
         """Takes the snapshot when a period ends."""

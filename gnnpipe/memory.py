@@ -188,8 +188,9 @@ def predict_memory_bytes(
     held = sum(layer.step_numbers for layer in layers)
     by_hand = sum(layer.input_lies_in_table for layer in layers)
     records = HAND_RECORD_BYTES * by_hand + RECORD_BYTES * (len(layers) - by_hand)
+    has_late = storage.has_late_gradients and num_chunks > 1  # One chunk reads no history.
     return MemoryBytes(
-        tables=_table_bytes(layers, way, storage, has_history=num_chunks > 1),
+        tables=_table_bytes(layers, way, storage._replace(has_late_gradients=has_late)),
         activations=activations,
         records=records * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
@@ -217,9 +218,7 @@ def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
     return num_rows * (halo + layer.in_channels)
 
 
-def _table_bytes(
-    layers: Sequence[LayerShape], way: WayCounts, storage: Storage, *, has_history: bool
-) -> int:
+def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage) -> int:
     """The tables: values, snapshot or kept rows, gradients, earlier epochs' gradients."""
     values, gradients, kept, late, shared = 0, 0, 0, 0, {}
     for layer in layers:
@@ -230,7 +229,7 @@ def _table_bytes(
         values += (way.num_rows + way.in_mirrors) * layer.table_channels
         numbers = (way.num_rows + mirrors) * layer.table_channels
         kept += storage.kept_copies * way.num_rows * layer.table_channels
-        late += storage.has_late_gradients and has_history and numbers
+        late += storage.has_late_gradients * numbers
         if storage.mode == "recompute" and way.is_closed:
             shared[is_gather, layer.table_channels] = numbers
         else:

@@ -141,11 +141,11 @@ class Reader:
         """
         table, late = self.table, self.table.late
         wait = self.halo.pull(table.gradients, self.cell.out_exchanges)
+        if late is not None:
+            return self._back_late(wait, out, late)
         # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
         for gate in self._gates:
             gate.fill_(1.0)
-        if late is not None:
-            return self._back_late(wait, out, late)
         dx = self._backward(wait, out)
         # From here on these rows are read by other chunks only.
         for gate in self._gates:
@@ -156,20 +156,18 @@ class Reader:
         self, wait: Callable[[], None], out: Tensor | None, late: LateGradients
     ) -> Tensor:
         """The same, where readers to come have late gradients."""
-        gradients, mirrors = self.table.gradients, self.cell.out_mirrors
-        has_mirrors = mirrors.stop > mirrors.start
+        gradients, own, mirrors = self.table.gradients, self.cell.rows, self.cell.out_mirrors
 
         def wait_and_show() -> None:
             wait()
-            if has_mirrors:
+            if mirrors.stop > mirrors.start:
                 late.show(gradients, mirrors)
 
-        late.show(gradients, self.cell.rows)
+        late.show(gradients, own)
         dx = self._backward(wait_and_show, out)
-        if self.factor != 1.0:
-            late.rows[self.cell.rows] *= self.factor
-            if has_mirrors:
-                late.rows[mirrors] *= self.factor
+        if self.factor != 1.0:  # From here on these rows are read by other chunks only.
+            for rows in (own, mirrors):
+                late.rows[rows] *= self.factor
         return dx
 
     @cached_property

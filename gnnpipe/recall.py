@@ -167,6 +167,6 @@ class LateGradients:
         if late is not own:
             own.copy_(late)
 
-    def settle(self, gradients: Tensor, gate: Tensor) -> None:
-        """Takes the new late gradients of the rows with a gate, when the step has ended."""
-        torch.where(gate[:, None] != 0, gradients, self.rows, out=self.rows)
+    def settle(self, gradients: Tensor, rows: slice) -> None:
+        """Takes the new late gradients of rows that were shown, when the step has ended."""
+        self.rows[rows] = gradients[rows]

@@ -82,6 +82,8 @@ class Stage:
         self._epoch = 0
         self._records: dict[int, list[Record | Recipe]] = {}
         self._later: dict[int, Later] = {}
+        self._done: list[int] = []
+        """Chunks whose backward this step has run."""
         is_half, is_captured = precision == "bf16", capture is not None
         shared = Shared(halo, seed, factor, is_half, Buffers(), is_captured)
         self._parts = _parts(layers, shared, capture)
@@ -146,11 +148,19 @@ class Stage:
                 stretch.forget()
         assert not self._records, "chunks without a backward"
         assert not self._later, "backwards without their second half"
-        for table in self.tables:
-            table.end_step()
         for local in self.layers:
+            self._settle(local)
             for moments in local.norms.values():
                 moments.end_step()
+        self._done.clear()
+
+    def _settle(self, local: LocalLayer) -> None:
+        """Leaves the step's gradients to those who read them late."""
+        if local.table is None or local.table.late is None:
+            return
+        for cell in (local.cells.chunks[chunk_index] for chunk_index in self._done):
+            for rows in (cell.rows, cell.out_mirrors):
+                local.table.late.settle(local.table.gradients, rows)
 
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
@@ -241,6 +251,7 @@ class Stage:
         """
         assert not self._later, "a backward before the last one's second half"
         later = self._later.setdefault(chunk_index, []) if is_split else None
+        self._done.append(chunk_index)
         dx, carried = gradient.x, dict(gradient.carried)
         records = self._records.pop(chunk_index)
         for part in reversed(self._parts):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import woven
+from drawn import cut, woven
 from one_process import (
     gradients_of,
     losses,
@@ -20,9 +20,11 @@ from one_process import (
 from resuming import losses as losses_in
 from resuming import ring_run, train_on, train_until, write_ring
 
+from gnnpipe.assembly import build_engine
 from gnnpipe.config import load_config
 from gnnpipe.errors import UserError
 from gnnpipe.models.layer import Layer
+from gnnpipe.planning import profile_of
 from gnnpipe.recall import Keeping, LateGradients, Recall
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -280,7 +282,7 @@ def test_averaged_late_gradients_are_weighted_means_from_the_first_epoch_on() ->
         place = gradients.clone()
         late.show(place, slice(0, 2))
         assert torch.equal(late.rows[:2], gradients[:2])
-        late.settle(place, torch.tensor([1.0, 1.0, 0.0]))
+        late.settle(place, slice(0, 2))
         ages = torch.arange(epoch).flip(0).double()
         weights = 0.6**ages
         mean = torch.tensordot(weights / weights.sum(), torch.stack(seen[:epoch]), dims=1)
@@ -307,6 +309,21 @@ def test_a_run_averages_its_late_gradients() -> None:
 def test_one_chunk_has_no_late_gradients() -> None:
     run = pipeline(woven(), settings("gcn", late_gradient=1.0))
     assert [table.late for table in tables_of(run).values()] == [None] * 3
+
+
+def test_the_planner_measures_layers_with_their_late_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans, graph = [], woven()
+
+    def noted(*args: Any, plan: Any, **kwargs: Any) -> Any:
+        plans.append(plan)
+        return build_engine(*args, plan=plan, **kwargs)
+
+    monkeypatch.setattr("gnnpipe.profiling.build_engine", noted)
+    cuts = [cut(graph, striped(graph, 4))]
+    profile_of(graph, settings("gcn", late_gradient=0.5), cuts=cuts)
+    assert [plan.late_gradient for plan in plans] == [0.5]
 
 
 def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
