@@ -204,7 +204,8 @@ def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
 
 class Chunked:
     """The pipeline itself, chunk by chunk: where the shortcut by layers has nothing to save
-    (exact training), or does not know how (several steps in an epoch, attention)."""
+    (exact training), or does not know how (several steps in an epoch, other than plain
+    histories of layers that gather)."""
 
     def __init__(self, config: Config, graph: Graph, chunk_id: Any) -> None:
         ways = np.zeros_like(chunk_id)
@@ -225,7 +226,8 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
     sums = all(not layer.operator.startswith("edges") for layer in model_layers(config, graph))
-    if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not sums:
+    knows = sums or idea == Idea()
+    if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not knows:
         return Chunked(config, graph, chunk_id)
     return Layerwise(config, graph, chunk_id, idea=idea)
 

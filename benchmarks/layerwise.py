@@ -4,7 +4,9 @@ A row of layer l depends on rows of layer l - 1 in its own chunk and in earlier 
 history. So all chunks of a layer can be computed at once, with the edges split by whether the
 source's chunk comes later in the epoch's order (historical) or not (fresh). An epoch then costs
 what full-graph training costs, which makes studies with many chunks and seeds affordable;
-``tests/test_layerwise.py`` holds the losses to the pipeline's.
+``tests/test_layerwise.py`` holds the losses to the pipeline's. Layers that gather (attention)
+get each row thrice, and their edges the row that is theirs; of what is kept they know the plain
+history only (``Idea()``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from gnnpipe import chunk
+from gnnpipe.cell import Cell, Edges
 from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.configured import model_layers
 from gnnpipe.counter import stream_key
 from gnnpipe.graph import Graph
-from gnnpipe.kernels import RowBlock, aggregate
+from gnnpipe.kernels import EdgeOrder, RowBlock, aggregate
 from gnnpipe.kernels.dropout import dropout_rows
 from gnnpipe.order import chunk_order
 from gnnpipe.runs import PipelineRun
@@ -104,11 +107,7 @@ class Layerwise:
         order = chunk_order(config.seed, epoch, self._num_chunks, kind=config.history.order)
         position = torch.empty(self._num_chunks, dtype=torch.int64)
         position[order] = torch.arange(self._num_chunks)
-        place = position[self._chunk_id]
-        self._splits = {  # once an epoch for all layers of an operator: their edges are the same
-            operator: split(cell, place, config.history.cross_chunk_gradient)
-            for operator, cell in dict(self._operator.values()).items()
-        }
+        self._split(position[self._chunk_id])
         self._epoch = epoch
         for memory in self.tables.values():
             memory.start_epoch(epoch)
@@ -122,6 +121,22 @@ class Layerwise:
         if is_due or (bound is not None and max(self.staleness()) > bound):
             self._renew()
         return loss
+
+    def _split(self, place: Tensor) -> None:
+        """Once an epoch for all layers of an operator: their edges are the same."""
+        parts = dict(self._operator.values())
+        blocks = {operator: cell for operator, cell in parts.items() if cell.edges is None}
+        factor = self.config.history.cross_chunk_gradient
+        self._splits = {operator: split(cell, place, factor) for operator, cell in blocks.items()}
+        gathered = {
+            operator: cell._replace(edges=thrice(cell, place))
+            for operator, cell in parts.items()
+            if cell.edges is not None
+        }
+        for stage in self.run.engine.stages.values():
+            for local in stage.layers:
+                if local.table is not None and local.layer.operator in gathered:
+                    local.cells.chunks[0] = gathered[local.layer.operator]
 
     def _renew(self) -> None:
         """Histories that are exact for the weights as they are."""
@@ -148,6 +163,8 @@ class Layerwise:
         if known not in self.tables:  # of an evaluation; in the order of layers
             return _Plain(cell, self._next_memory() if self._is_warming else None)
         operator, cell = self._operator[known]
+        if cell.edges is not None:
+            return _Beside(self.tables[known], self.config.history.cross_chunk_gradient)
         return _Masked(self.tables[known], cell, self._splits[operator], self._epoch)
 
     _is_warming = False
@@ -222,9 +239,33 @@ class _Plain:
         return x
 
     def aggregate(self, x: Tensor) -> Tensor:
+        return aggregate(self.cell.forward, self.gather(x).contiguous())
+
+    def gather(self, x: Tensor) -> Tensor:
         if self.memory is not None:
             self.memory.warm(x.detach())
-        return aggregate(self.cell.forward, x.contiguous())
+        return x
+
+
+class _Beside:
+    """Gathers a row as it is fresh to its own chunk, fresh to later ones, and historical."""
+
+    def __init__(self, memory: Memory, factor: float) -> None:
+        self.memory, self.factor = memory, factor
+
+    def keep(self, x: Tensor) -> None:
+        """Histories are rows as they were handed over."""
+
+    def own_rows(self, x: Tensor) -> None:
+        return None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.memory.shown, self.memory.fresh = self.memory.read, x.detach()
+        crossing = x.detach() + self.factor * (x - x.detach())
+        return torch.cat((x, crossing, self.memory.read))
 
 
 class _Masked:
@@ -295,6 +336,18 @@ def split(cell: Any, place: Tensor, factor: float) -> _Split:
         _some(backward, was_fresh, crossing),
         _some(backward, ~was_fresh),
     )
+
+
+def thrice(cell: Cell, place: Tensor) -> Edges:
+    """The cell's edges, each with the source that :class:`_Beside` gathers for it."""
+    edges, place = cell.edges, place[cell.node_id]
+    assert edges is not None
+    source, target = edges.edge_index
+    num_rows = cell.node_id.numel()
+    kind = torch.where(place[source] > place[target], 2, (place[source] < place[target]).long())
+    index = torch.stack((source + kind * num_rows, target))
+    order = EdgeOrder(index, num_sources=3 * num_rows, num_targets=num_rows)
+    return edges._replace(edge_index=index, order=order)
 
 
 def _some(block: RowBlock, mask: Tensor, factor: Tensor | None = None) -> RowBlock:

@@ -25,7 +25,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [*((case, "gcnii") for case in CASES), ("late", "gcn"), ("clean", "resgcn+")]
+    ("case", "name"),
+    [
+        *((case, "gcnii") for case in CASES),
+        ("late", "gcn"),
+        ("clean", "resgcn+"),
+        ("plain", "gat"),
+        *((case, "transformer") for case in ("published", "refreshed")),
+        *((case, "deepergcn") for case in ("plain", "published")),
+    ],
 )
 def test_layer_by_layer_equals_chunk_by_chunk(
     case: str, name: str, monkeypatch: pytest.MonkeyPatch
