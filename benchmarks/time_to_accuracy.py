@@ -6,7 +6,9 @@
 Three ways to train one GCNII with the same hyperparameters and the same initial weights:
 
 - ``exact``: full-graph training, this project with one chunk: one optimizer step per epoch.
-- ``steps k of C``: the pipeline's ``training.steps_per_epoch: k`` on C chunks (metis-grouped).
+- ``steps k of C``: the pipeline's ``training.steps_per_epoch: k`` on C chunks (metis-grouped);
+  ``steps k of C by P``: with ``partition.parts_per_chunk: P``. ``steps 16 of 16 by 16, averaged``
+  is ``preset: many-steps``.
 - ``cluster k of C``: mini-batches as Cluster-GCN makes them, of the same chunks: every epoch k
   random unions of C / k chunks, each a graph of its own with its own degrees; plain
   torch_geometric layers on torch CSR, sparse features as torch CSR.
@@ -24,6 +26,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +50,7 @@ from gnnpipe.configured import model_layers  # noqa: E402
 from gnnpipe.datasets import load_graph  # noqa: E402
 from gnnpipe.graph import Graph  # noqa: E402
 from gnnpipe.runs import PipelineRun  # noqa: E402
+from gnnpipe.sections import DataConfig, PartitionConfig  # noqa: E402
 from gnnpipe.sources import merge  # noqa: E402
 from gnnpipe.world import World  # noqa: E402
 from partition import assign  # noqa: E402
@@ -56,8 +60,10 @@ AVERAGED, EMA_DECAY = ", averaged", 0.9
 METHODS = (
     "exact",
     "exact, averaged",
-    "steps 8 of 8",
-    "steps 8 of 8, averaged",
+    "steps 16 of 16",
+    "steps 16 of 16, averaged",
+    "steps 16 of 16 by 16",
+    "steps 16 of 16 by 16, averaged",
     "cluster 8 of 32",
     "cluster 8 of 32, averaged",
 )
@@ -152,20 +158,32 @@ SHALLOW: Mapping[str, Mapping[str, object]] = {
 """Eight layers do without a norm; seconds are those of training alone, without exact forwards."""
 
 
-def method_of(cell: Cell) -> tuple[str, int, int]:
-    """Kind, steps of an epoch and chunks."""
-    kind, *counts = cell.method.removesuffix(AVERAGED).replace(" of", "").split()
-    steps, chunks = (int(count) for count in counts or "11")
-    return kind, steps, chunks
+class Method(NamedTuple):
+    """What a method's name says."""
+
+    kind: str
+    steps: int = 1
+    chunks: int = 1
+    parts_per_chunk: int | None = None
+
+
+def method_of(cell: Cell) -> Method:
+    """Kind, steps of an epoch, chunks and their parts."""
+    kind, *counts = re.sub(" (of|by)", "", cell.method.removesuffix(AVERAGED)).split()
+    return Method(kind, *(int(count) for count in counts))
 
 
 def config_of(cell: Cell, options: argparse.Namespace) -> Config:
     """The run of a cell; for mini-batches what it says of model and training."""
-    kind, steps, chunks = method_of(cell)
+    kind, steps, chunks, parts = method_of(cell)
     values: dict[str, Any] = {
         "seed": cell.seed,
         "data": {"name": str(options.data / f"{cell.graph}.npz")},
-        "partition": {"num_chunks": chunks, "method": "metis-grouped"},
+        "partition": {
+            "num_chunks": chunks,
+            "method": "metis-grouped",
+            "parts_per_chunk": parts,
+        },
         "model": {"name": "gcnii", "num_layers": cell.layers, "hidden_channels": cell.hidden},
     }
     for more in (GRAPHS[cell.graph], MODELS["gcnii"], TUNED.get((cell.graph, "gcnii"), {})):
@@ -182,13 +200,13 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Trains once; figures and seconds so far after each epoch."""
     config = config_of(cell, options)
     graph = graph_of(config.data.name, config.data.row_normalize)
-    kind, steps, chunks = method_of(cell)
+    kind, steps, *_ = method_of(cell)
     clocks = Clocks()
     with clocks:
         if kind == "cluster":
             train, evaluate = clusters(config, graph, steps)
         else:
-            train, evaluate = pipeline(config, graph, chunks, clocks)
+            train, evaluate = pipeline(config, graph, clocks)
     curve, batches_s = [], 0.0
     for epoch in range(1, cell.epochs + 1):
         with clocks:
@@ -219,11 +237,9 @@ class Clocks:
         self._starts = time.perf_counter(), time.process_time()
 
 
-def pipeline(
-    config: Config, graph: Graph, num_chunks: int, clocks: Clocks
-) -> tuple[Train, Evaluate]:
+def pipeline(config: Config, graph: Graph, clocks: Clocks) -> tuple[Train, Evaluate]:
     """This project on one rank; the first exact forward is timed."""
-    run = make_run(config, graph, num_chunks)
+    run = make_run(config, graph, config.partition)
     clocks.forget()
     run.warm_start()
 
@@ -238,9 +254,9 @@ def pipeline(
     return train, evaluate
 
 
-def make_run(config: Config, graph: Graph, num_chunks: int) -> PipelineRun:
+def make_run(config: Config, graph: Graph, partition: PartitionConfig) -> PipelineRun:
     """An engine with its initial weights."""
-    chunk_id = chunks_of(config.data.name, config.data.row_normalize, num_chunks)
+    chunk_id = chunks_of(config.data, partition)
     ways = np.zeros_like(chunk_id)
     chunked = chunk.cut(graph, chunk_id, ways, num_ways=1, method="file", seed=0)
     world = World(0, 1, device=torch.device("cpu"), store=None)
@@ -249,10 +265,9 @@ def make_run(config: Config, graph: Graph, num_chunks: int) -> PipelineRun:
 
 def clusters(config: Config, graph: Graph, steps: int) -> tuple[Train, Evaluate]:
     """Mini-batches of chunks, with the initial weights that this project would have."""
-    weights = make_run(config, graph, 1).weights()
+    weights = make_run(config, graph, PartitionConfig(num_chunks=1)).weights()
     assert weights is not None
-    chunks = config.partition.num_chunks
-    chunk_id = chunks_of(config.data.name, config.data.row_normalize, chunks)
+    chunk_id = chunks_of(config.data, config.partition)
     batches = Clusters(graph, config, chunk_id=chunk_id, steps=steps, weights=weights)
     return batches.train_epoch, batches.evaluate
 
@@ -264,10 +279,11 @@ def graph_of(name: str, row_normalize: bool) -> Graph:
 
 
 @cache
-def chunks_of(name: str, row_normalize: bool, num_chunks: int) -> Any:
+def chunks_of(data: DataConfig, partition: PartitionConfig) -> Any:
     """The chunks, the same for all seeds."""
-    graph = graph_of(name, row_normalize)
-    parts: Any = {"num_chunks": num_chunks, "method": "metis-grouped", "seed": 0}
+    graph = graph_of(data.name, data.row_normalize)
+    names = "num_chunks", "method", "parts_per_chunk", "seed"
+    parts: Any = {name: getattr(partition, name) for name in names}
     return assign(graph.indptr, graph.indices, **parts).chunk_id
 
 

@@ -37,7 +37,15 @@ from gnnpipe.sections import (
 from gnnpipe.sources import merge, read_file, read_override
 
 PresetName = Literal[
-    "gnnpipe-paper", "deepergcn", "jknet", "appnp", "dagnn", "transformer", "dgmlp", "revgnn"
+    "gnnpipe-paper",
+    "many-steps",
+    "deepergcn",
+    "jknet",
+    "appnp",
+    "dagnn",
+    "transformer",
+    "dgmlp",
+    "revgnn",
 ]
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -65,6 +73,10 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "revgnn": {
         "model": {"name": "revgnn", "num_layers": 28, "hidden_channels": 64, "dropout": 0.2},
         "training": {"lr": 1e-3, "weight_decay": 0.0},
+    },
+    "many-steps": {
+        "partition": {"num_chunks": 16, "method": "metis-grouped", "parts_per_chunk": 16},
+        "training": {"steps_per_epoch": 16, "ema_decay": 0.9},
     },
     "gnnpipe-paper": {
         "partition": {"num_chunks": 32, "method": "metis-grouped"},
@@ -95,8 +107,8 @@ class Config:
     """One run, completely: what ``config.yaml`` in a run directory holds."""
 
     preset: PresetName | None = None
-    """A named set of values below the file's: gnnpipe-paper is the published method, the others
-    are deep models."""
+    """A named set of values below the file's: gnnpipe-paper is the published method, many-steps
+    needs few epochs (sixteen optimizer steps in each), the others are deep models."""
     seed: int = 0
     """Seed of weights, chunk orders and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -176,8 +176,15 @@ def applied(config: Config, setting: Setting, sizes: Sequence[int]) -> Config:
 
 
 def _cut(graph: Graph, config: Config, num_chunks: int) -> ChunkedGraph:
-    method = "metis" if config.partition.method == "file" else config.partition.method
-    ids = assign(graph.indptr, graph.indices, num_chunks=num_chunks, method=method)
+    wanted = config.partition
+    method = "metis" if wanted.method == "file" else wanted.method
+    ids = assign(
+        graph.indptr,
+        graph.indices,
+        num_chunks=num_chunks,
+        method=method,
+        parts_per_chunk=wanted.parts_per_chunk,
+    )
     return chunk.cut(graph, *ids, num_ways=1, method=method, seed=0)
 
 

@@ -101,7 +101,9 @@ class PartitionConfig:
     num_chunks: int = 16
     """Chunks per epoch."""
     method: Literal["metis", "metis-grouped", "contiguous", "random", "bfs", "file"] = "metis"
-    """How nodes are assigned; metis-grouped groups four small parts at random into a chunk."""
+    """How nodes are assigned; metis-grouped groups small parts at random into a chunk."""
+    parts_per_chunk: int | None = None
+    """metis-grouped (4): parts in a chunk; with 16, steps inside an epoch need fewer epochs."""
     seed: int = 0
     """Seed of the method."""
     file: str | None = None
@@ -109,11 +111,14 @@ class PartitionConfig:
 
     def __post_init__(self) -> None:
         settle(self, "partition")
-        at_least(self, "partition", num_chunks=1)
+        at_least(self, "partition", num_chunks=1, parts_per_chunk=1)
         check_seed("partition.seed", self.seed)
         is_consistent = (self.method == "file") == (self.file is not None)
         rule = "goes with `partition.method` (=file) and with no other; give both or neither"
         require(is_consistent, "partition.file", self.file, rule)
+        is_known = self.parts_per_chunk is None or self.method == "metis-grouped"
+        rule = "goes with `partition.method` (=metis-grouped) only; leave it out or take that"
+        require(is_known, "partition.parts_per_chunk", self.parts_per_chunk, rule)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -285,6 +285,7 @@ def cut_graph(graph: Graph, config: Config, *, num_chunks: int | None = None) ->
                 num_chunks=num_chunks,
                 num_ways=num_ways,
                 method=wanted.method,
+                parts_per_chunk=wanted.parts_per_chunk,
                 seed=wanted.seed,
                 file=wanted.file,
             )

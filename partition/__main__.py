@@ -55,6 +55,7 @@ def _run(options: argparse.Namespace) -> Quality:
         graph.indices,
         **numbers,
         method=options.method,
+        parts_per_chunk=options.parts_per_chunk,
         seed=options.seed,
         file=options.file,
     )
@@ -84,6 +85,7 @@ def _report(options: argparse.Namespace, figures: Quality) -> dict[str, Any]:
     return {
         "dataset": options.dataset,
         "method": options.method,
+        "parts_per_chunk": options.parts_per_chunk,
         "seed": options.seed,
         "out": options.out,
         "verdict": verdict(figures),
@@ -117,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-chunks", required=True, type=int, metavar="C", help="chunks of the pipeline")
     add("--num-ways", type=int, default=1, metavar="W", help="finest ways of a stage (1)")
     add("--method", choices=METHODS, default="metis", help="how to cut (metis)")
+    add("--parts-per-chunk", type=int, metavar="K", help="METIS parts of metis-grouped (4)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the method (0)")
     add("--file", metavar="F", help="assignment of --method file: .npy or text, a row per node")
     add("--out", required=True, metavar="DIR", help="directory to write")

@@ -28,13 +28,14 @@ def assign(
     num_chunks: int,
     num_ways: int = 1,
     method: str = "metis",
+    parts_per_chunk: int | None = None,
     seed: int = 0,
     file: str | None = None,
 ) -> Assignment:
     """Gives every node a chunk and a way; the same arguments give the same answer.
 
     Methods: ``metis`` few cut edges at equal work; ``metis-grouped`` the published variant, METIS
-    parts grouped four to a chunk at random; ``contiguous`` ranges of the given numbering;
+    parts grouped at random, four to a chunk; ``contiguous`` ranges of the given numbering;
     ``random``; ``bfs`` ranges of a breadth-first order; ``file`` what a file says.
 
     Args:
@@ -43,6 +44,9 @@ def assign(
         num_chunks: chunks C, each with at least one node in every way.
         num_ways: ways W, nested: ``way_id // (W / W')`` is a partition into W' ways.
         method: one of :data:`METHODS`.
+        parts_per_chunk: METIS parts that ``metis-grouped`` groups to a chunk, 4 if None. The more,
+            the more a chunk's classes are those of the graph (Chiang et al., "Cluster-GCN"), and
+            the more edges cross chunks.
         seed: seed of METIS, of the grouping and of ``random``.
         file: assignment file of method ``file``.
 
@@ -53,9 +57,16 @@ def assign(
         PartitionError: arguments that cannot be met, METIS's failure, empty parts.
     """
     indptr, indices = np.asarray(indptr), np.asarray(indices)
-    _require_options(method, seed=seed, file=file)
+    _require_options(method, parts_per_chunk=parts_per_chunk, seed=seed, file=file)
+    per_chunk = 1 if method != "metis-grouped" else parts_per_chunk or PARTS_PER_CHUNK
     require_valid(indptr, indices)
-    _require_nodes(len(indptr) - 1, method, num_chunks=num_chunks, num_ways=num_ways)
+    _require_nodes(
+        len(indptr) - 1,
+        method,
+        num_chunks=num_chunks,
+        num_ways=num_ways,
+        parts_per_chunk=per_chunk,
+    )
     if file is not None:
         return assignment_file.read(
             file, num_nodes=len(indptr) - 1, num_chunks=num_chunks, num_ways=num_ways
@@ -69,21 +80,24 @@ def assign(
         work,
         num_chunks=num_chunks,
         num_ways=num_ways,
-        parts_per_chunk=_parts_per_chunk(method),
+        parts_per_chunk=per_chunk,
         seed=seed,
     )
 
 
-def _parts_per_chunk(method: str) -> int:
-    return PARTS_PER_CHUNK if method == "metis-grouped" else 1
-
-
-def _require_options(method: str, *, seed: int, file: str | None) -> None:
-    """Refuses unknown methods, seeds that METIS cannot take, a file without its method."""
+def _require_options(
+    method: str, *, parts_per_chunk: int | None, seed: int, file: str | None
+) -> None:
+    """Refuses unknown methods, seeds that METIS cannot take, options without their method."""
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
         raise PartitionError(
             f"`method` (={method}) must be one of {', '.join(METHODS)}; did you mean {near}"
+        )
+    if parts_per_chunk is not None and (method != "metis-grouped" or parts_per_chunk < 1):
+        raise PartitionError(
+            f"`parts_per_chunk` (={parts_per_chunk}) must be at least 1 and needs `method` "
+            f"(=metis-grouped, here {method}); leave it out or change the method"
         )
     if not 0 <= seed < 2**31:
         raise PartitionError(f"`seed` (={seed}) must lie in [0, 2**31); choose another")
@@ -93,7 +107,9 @@ def _require_options(method: str, *, seed: int, file: str | None) -> None:
         raise PartitionError(f"`file` (={file}) needs `method` (=file); drop one of them")
 
 
-def _require_nodes(num_nodes: int, method: str, *, num_chunks: int, num_ways: int) -> None:
+def _require_nodes(
+    num_nodes: int, method: str, *, num_chunks: int, num_ways: int, parts_per_chunk: int
+) -> None:
     """Refuses more chunks, or more parts in all, than there are nodes."""
     for name, count in (("num_chunks", num_chunks), ("num_ways", num_ways)):
         if count < 1:
@@ -103,10 +119,10 @@ def _require_nodes(num_nodes: int, method: str, *, num_chunks: int, num_ways: in
                 f"`{name}` (={count}) must be at most the number of nodes (={num_nodes}); "
                 f"cut into fewer {name.removeprefix('num_')}"
             )
-    parts = num_chunks * num_ways * (_parts_per_chunk(method) if num_chunks > 1 else 1)
+    parts = num_chunks * num_ways * (parts_per_chunk if num_chunks > 1 else 1)
     if method != "file" and parts > num_nodes:  # a file may leave single cells empty
         raise PartitionError(
             f"`num_chunks` (={num_chunks}) with `num_ways` (={num_ways}) and `method` (={method}) "
             f"makes {parts} parts, which must be at most the number of nodes (={num_nodes}); "
-            "cut into fewer chunks"
+            "cut into fewer chunks or parts"
         )

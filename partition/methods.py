@@ -19,7 +19,7 @@ from partition import metis
 from partition.adjacency import symmetrised, work_of
 
 PARTS_PER_CHUNK = 4
-"""Clusters in a chunk of method metis-grouped, as published: better balance, larger cut."""
+"""METIS parts in a chunk of method metis-grouped, as published: better balance, larger cut."""
 
 MEMORY_WORK = 50
 """Added to a node's work where ways are cut, in units of one edge.
@@ -57,13 +57,20 @@ def by_metis(
     """
     way_id = nested_ways(adjacency, work + MEMORY_WORK, num_ways=num_ways, seed=seed)
     chunk_id = np.zeros_like(way_id)
-    group = random_groups(num_chunks, parts_per_chunk, seed=seed)
+    is_grouped = num_chunks > 1 and parts_per_chunk > 1  # One chunk needs no METIS.
+    num_parts = num_chunks * (parts_per_chunk if is_grouped else 1)
     for way in range(num_ways):
         nodes = np.flatnonzero(way_id == way)
         part_id = metis.cut(
-            _subgraph(adjacency, nodes), work[nodes], num_parts=len(group), seed=seed
+            _subgraph(adjacency, nodes),
+            work[nodes],
+            num_parts=num_parts,
+            seed=seed,
+            least=num_chunks,
         )
-        chunk_id[nodes] = group[part_id]
+        if is_grouped:
+            part_id = random_groups(int(part_id.max()) + 1, num_chunks, seed=seed)[part_id]
+        chunk_id[nodes] = part_id
     return Assignment(chunk_id, way_id)
 
 
@@ -90,12 +97,9 @@ def nested_ways(
     return way_id
 
 
-def random_groups(num_chunks: int, parts_per_chunk: int, *, seed: int) -> NDArray[np.int32]:
-    """Chunk of each METIS part, ``[num_chunks * parts_per_chunk]``: equally many per chunk."""
-    group = np.arange(num_chunks, dtype=np.int32)
-    if num_chunks == 1 or parts_per_chunk == 1:
-        return group  # one chunk needs no METIS, one part per chunk no grouping
-    grouped = np.repeat(group, parts_per_chunk)
+def random_groups(num_parts: int, num_chunks: int, *, seed: int) -> NDArray[np.int32]:
+    """Chunk of each METIS part, ``[num_parts]``: equally many per chunk, or one more."""
+    grouped = np.sort(np.arange(num_parts, dtype=np.int32) % num_chunks)
     return np.random.default_rng(seed).permutation(grouped)
 
 

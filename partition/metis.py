@@ -28,7 +28,12 @@ GIB = 2**30
 
 
 def cut(
-    adjacency: csr_array, work: NDArray[np.int64], *, num_parts: int, seed: int
+    adjacency: csr_array,
+    work: NDArray[np.int64],
+    *,
+    num_parts: int,
+    seed: int,
+    least: int | None = None,
 ) -> NDArray[np.int32]:
     """Cuts a graph into parts of equal work with few edges between them.
 
@@ -37,6 +42,8 @@ def cut(
         work: vertex weights, ``[N]``.
         num_parts: number of parts; none of them is empty in the result.
         seed: METIS's seed; the same seed gives the same parts.
+        least: so many parts will do if METIS leaves some of a few nodes each empty; those that
+            have nodes are counted anew. None: ``num_parts``.
 
     Returns:
         Part of each node, ``[N]``, in ``[0, num_parts)``.
@@ -52,6 +59,9 @@ def cut(
     require_memory(adjacency.nnz)
     part_id = _run_child(adjacency, work, num_parts=num_parts, seed=seed)
     _require_sane(part_id, num_parts=num_parts, num_nodes=num_nodes)
+    found, part_id = np.unique(part_id, return_inverse=True)
+    if len(found) < (least or num_parts):
+        raise _empty_parts(num_parts - len(found), num_parts, num_nodes)
     return part_id.astype(np.int32)
 
 
@@ -144,16 +154,13 @@ def _failure(returncode: int, stderr: bytes) -> str:
 
 
 def _require_sane(part_id: NDArray[Any], *, num_parts: int, num_nodes: int) -> None:
-    """Refuses results of the wrong form and parts without nodes."""
+    """Refuses results of the wrong form."""
     is_ids = part_id.shape == (num_nodes,) and np.issubdtype(part_id.dtype, np.integer)
     if not is_ids or part_id.min() < 0 or part_id.max() >= num_parts:
         raise PartitionError(
             f"METIS answered {part_id.dtype} {list(part_id.shape)} where {num_nodes} part ids in "
             f"[0, {num_parts}) were asked for; use method bfs or contiguous"
         )
-    num_empty = num_parts - len(np.unique(part_id))
-    if num_empty:
-        raise _empty_parts(num_empty, num_parts, num_nodes)
 
 
 def _empty_parts(num_empty: int, num_parts: int, num_nodes: int) -> PartitionError:

@@ -62,6 +62,13 @@ def test_preset_is_the_published_method() -> None:
     assert config.training.eval_every == 50
 
 
+def test_preset_of_many_steps_makes_one_over_each_mixed_chunk() -> None:
+    config = load_config(None, ["preset=many-steps", "partition.num_chunks=20"])
+    assert (config.partition.method, config.partition.parts_per_chunk) == ("metis-grouped", 16)
+    assert (config.training.steps_per_epoch, config.training.ema_decay) == (16, 0.9)
+    assert config.model == Config().model  # Of any model.
+
+
 def test_last_override_of_a_key_counts() -> None:
     assert load_config(None, ["seed=1", "seed=2"]).seed == 2
 
@@ -149,6 +156,10 @@ MISTAKES = [
     ("seed=-1", r"`seed` \(=-1\) must be between 0 and 2147483647"),
     ("partition.seed=2147483648", r"`partition.seed` \(=2147483648\) must be between 0"),
     ("partition.num_chunks=0", r"`partition.num_chunks` \(=0\) must be at least 1"),
+    (
+        "partition.parts_per_chunk=8",
+        r"`partition.parts_per_chunk` \(=8\) goes with `partition.method` \(=metis-grouped\) only",
+    ),
     ("partition.method=file", r"`partition.file` \(=null\) goes with `partition.method`"),
     ("partition.file=a.npy", r"`partition.file` \(=a.npy\) goes with `partition.method`"),
     ("data.name=", r"`data.name` \(=''\) must not be empty; try digits"),

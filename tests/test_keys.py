@@ -47,7 +47,7 @@ def checked(values: Any) -> list[str]:
 
 
 def test_schema_takes_every_default_and_preset() -> None:
-    for preset in ("null", "gnnpipe-paper", "transformer"):
+    for preset in ("null", "gnnpipe-paper", "many-steps", "transformer"):
         assert checked(to_dict(load_config(None, [f"preset={preset}"]))) == []
     assert checked(yaml.safe_load("model:\ntraining: {lr: 5e-4, epochs: 3}")) == []
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,25 @@ def test_failure_of_the_child_is_one_clear_error(
     with pytest.raises(PartitionError, match=message) as caught:
         assign(*path(8), num_chunks=2)
     assert "\n" not in str(caught.value)
+
+
+def test_grouped_parts_may_be_empty_as_long_as_no_chunk_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(part_id: str) -> None:
+        program = WRITE.format(part_id)
+        monkeypatch.setattr(
+            metis, "child_command", lambda folder, *_: [sys.executable, "-c", program, folder]
+        )
+
+    kind: dict[str, Any] = {"num_chunks": 2, "method": "metis-grouped", "parts_per_chunk": 3}
+    answer("[5, 5, 1, 1, 2, 2, 0, 0]")
+    chunk_id = assign(*path(8), **kind).chunk_id.reshape(4, 2)
+    assert (chunk_id[:, 0] == chunk_id[:, 1]).all()
+    assert np.bincount(chunk_id[:, 0]).tolist() == [2, 2]
+    answer("[5] * 8")
+    with pytest.raises(PartitionError, match="METIS leaves 5 of 6 parts empty on 8 nodes"):
+        assign(*path(8), **kind)
 
 
 def test_stuck_child_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

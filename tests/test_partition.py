@@ -74,7 +74,7 @@ def test_graph_without_edges_is_cut(method: str) -> None:
 
 
 def test_grouped_variant_groups_four_parts_per_chunk() -> None:
-    groups = random_groups(8, 4, seed=3)
+    groups = random_groups(32, 8, seed=3)
     assert np.bincount(groups).tolist() == [4] * 8
     assert (groups != np.repeat(np.arange(8), 4)).any()
     # Eight parts in two chunks: the cliques stay whole, and at random some lie apart.
@@ -82,6 +82,22 @@ def test_grouped_variant_groups_four_parts_per_chunk() -> None:
     by_clique = chunk_id.reshape(8, 5)
     assert (by_clique == by_clique[:, :1]).all()
     assert np.bincount(by_clique[:, 0]).tolist() == [4, 4]
+
+
+def test_more_parts_in_a_chunk_mix_more_of_the_graph() -> None:
+    graph = cliques(24, 5)
+    mixed = {
+        count: assign(
+            *graph, num_chunks=2, method="metis-grouped", parts_per_chunk=count, seed=1
+        ).chunk_id.reshape(24, 5)
+        for count in (1, 4, 12)
+    }
+    assert (mixed[12] == mixed[12][:, :1]).all()  # A part is a clique.
+    assert np.bincount(mixed[12][:, 0]).tolist() == [12, 12]
+    whole = assign(*graph, num_chunks=2, seed=1)  # One part is what metis gives.
+    np.testing.assert_array_equal(mixed[1].ravel(), whole.chunk_id)
+    usual = assign(*graph, num_chunks=2, method="metis-grouped", seed=1)
+    np.testing.assert_array_equal(mixed[4].ravel(), usual.chunk_id)
 
 
 @pytest.mark.parametrize("method", ["metis", "metis-grouped"])
@@ -191,6 +207,15 @@ def test_object_array_file_is_refused(tmp_path: Path) -> None:
         ({"num_chunks": 9}, r"`num_chunks` \(=9\) must be at most the number of nodes \(=8\)"),
         ({"num_chunks": 5, "num_ways": 2}, r"makes 10 parts, which must be at most .* \(=8\)"),
         ({"num_chunks": 3, "method": "metis-grouped"}, r"makes 12 parts"),
+        (
+            {"num_chunks": 2, "method": "metis-grouped", "parts_per_chunk": 9},
+            r"makes 18 parts, which must be .*cut into fewer chunks or parts",
+        ),
+        ({"num_chunks": 2, "parts_per_chunk": 4}, r"`parts_per_chunk` \(=4\).*here metis\)"),
+        (
+            {"num_chunks": 2, "method": "metis-grouped", "parts_per_chunk": 0},
+            r"`parts_per_chunk` \(=0\) must be at least 1",
+        ),
         ({"method": "metris"}, r"`method` \(=metris\) must be one of .*; did you mean metis"),
         ({"seed": -1}, r"`seed` \(=-1\) must lie in"),
         ({"method": "file"}, r"`method` \(=file\) needs `file`"),

@@ -190,7 +190,7 @@ def test_induced_graph_keeps_what_is_among_its_nodes() -> None:
 
 def test_every_deep_model_can_be_loaded_without_a_graph(tmp_path: Path) -> None:
     graph = woven()
-    for preset in set(PRESETS) - {"gnnpipe-paper"}:
+    for preset in set(PRESETS) - {"gnnpipe-paper", "many-steps"}:
         name = str(PRESETS[preset]["model"]["name"])
         run = train(graph, tmp_path / preset, options_of(name))
         scores = PretrainedModel.from_pretrained(run)(graph)
