@@ -94,10 +94,14 @@ def _require_options(
         raise PartitionError(
             f"`method` (={method}) must be one of {', '.join(METHODS)}; did you mean {near}"
         )
-    if parts_per_chunk is not None and (method != "metis-grouped" or parts_per_chunk < 1):
+    if parts_per_chunk is not None and method != "metis-grouped":
         raise PartitionError(
-            f"`parts_per_chunk` (={parts_per_chunk}) must be at least 1 and needs `method` "
-            f"(=metis-grouped, here {method}); leave it out or change the method"
+            f"`parts_per_chunk` (={parts_per_chunk}) goes with `method` (=metis-grouped) only, "
+            f"not with {method}; leave it out or take that"
+        )
+    if parts_per_chunk is not None and parts_per_chunk < 1:
+        raise PartitionError(
+            f"`parts_per_chunk` (={parts_per_chunk}) must be at least 1; 4 and 16 are usual"
         )
     if not 0 <= seed < 2**31:
         raise PartitionError(f"`seed` (={seed}) must lie in [0, 2**31); choose another")

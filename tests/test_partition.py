@@ -211,7 +211,7 @@ def test_object_array_file_is_refused(tmp_path: Path) -> None:
             {"num_chunks": 2, "method": "metis-grouped", "parts_per_chunk": 9},
             r"makes 18 parts, which must be .*cut into fewer chunks or parts",
         ),
-        ({"num_chunks": 2, "parts_per_chunk": 4}, r"`parts_per_chunk` \(=4\).*here metis\)"),
+        ({"num_chunks": 2, "parts_per_chunk": 4}, r"`parts_per_chunk` \(=4\).*not with metis;"),
         (
             {"num_chunks": 2, "method": "metis-grouped", "parts_per_chunk": 0},
             r"`parts_per_chunk` \(=0\) must be at least 1",
