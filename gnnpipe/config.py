@@ -77,6 +77,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "many-steps": {
         "partition": {"num_chunks": 16, "method": "metis-grouped", "parts_per_chunk": 16},
         "training": {"steps_per_epoch": 16, "ema_decay": 0.9},
+        "history": {"refresh_every": None},
     },
     "gnnpipe-paper": {
         "partition": {"num_chunks": 32, "method": "metis-grouped"},

@@ -103,7 +103,7 @@ class PartitionConfig:
     method: Literal["metis", "metis-grouped", "contiguous", "random", "bfs", "file"] = "metis"
     """How nodes are assigned; metis-grouped groups small parts at random into a chunk."""
     parts_per_chunk: int | None = None
-    """metis-grouped (4): parts in a chunk; with 16, steps inside an epoch need fewer epochs."""
+    """metis-grouped (4): METIS parts in a chunk; 16 suit training.steps_per_epoch."""
     seed: int = 0
     """Seed of the method."""
     file: str | None = None
