@@ -204,8 +204,8 @@ def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
 
 class Chunked:
     """The pipeline itself, chunk by chunk: where the shortcut by layers has nothing to save
-    (exact training), or does not know how (several steps in an epoch, other than plain
-    histories of layers that gather)."""
+    (exact training), or does not know how (several steps in an epoch, layers that
+    gather from histories that are not plain)."""
 
     def __init__(self, config: Config, graph: Graph, chunk_id: Any) -> None:
         ways = np.zeros_like(chunk_id)
