@@ -52,6 +52,8 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
     "refresh every 5": {"history": {"refresh_every": 5}},
+    "correct every 10": {"history": {"correct_every": 10}},
+    "correct every 20": {"history": {"correct_every": 20}},
     **{
         f"refreshed, {name}": _NEVER_REFRESHED[name]
         for name in ("dropout false, late gradient 1", "late gradient 1, smoothed 0.8")

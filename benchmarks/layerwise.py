@@ -98,6 +98,9 @@ class Layerwise:
             for local in stage.layers
             if local.table is not None
         }
+        every = config.history.correct_every
+        self.run.correction = None if every is None else self.run.new_correction(every)
+        self.run.add_exact_gradients = self._add_exact_gradients  # type: ignore[method-assign]
         if config.history.warm_start == "exact":
             self._renew()
 
@@ -137,6 +140,11 @@ class Layerwise:
             for local in stage.layers:
                 if local.table is not None and local.layer.operator in gathered:
                     local.cells.chunks[0] = gathered[local.layer.operator]
+
+    def _add_exact_gradients(self, epoch: int) -> None:
+        """Once more, with every edge fresh."""
+        self._split(torch.zeros_like(self._chunk_id))
+        self.run.engine.train_step(epoch, [0])
 
     def _renew(self) -> None:
         """Histories that are exact for the weights as they are."""

@@ -145,7 +145,7 @@ class ByHand:
     def on(self, chunk_index: int) -> "OnChunk":
         """The layer on one chunk."""
         if chunk_index not in self._on_chunks:
-            self._on_chunks[chunk_index] = OnChunk(self, self.cells.chunks[chunk_index])
+            self._on_chunks[chunk_index] = OnChunk(self, self.cells.at(chunk_index))
         return self._on_chunks[chunk_index]
 
     def rows(self, *, like: Tensor) -> Tensor:

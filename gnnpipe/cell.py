@@ -14,6 +14,9 @@ from gnnpipe.way import Adjacency, WayGraph, with_self_loops, without_self_loops
 
 Array = np.ndarray[Any, Any]
 
+WHOLE = -1
+"""Stands for all chunks of a way at once where an index of a chunk is asked for."""
+
 
 class Exchange(NamedTuple):
     """Rows that travel between the ways of a stage for one chunk."""
@@ -89,6 +92,10 @@ class Cells(NamedTuple):
     whole: Cell
     mirror_id: Tensor
     """Original ids of all in-mirrors, int64."""
+
+    def at(self, chunk_index: int) -> Cell:
+        """The cell of a chunk, or of :data:`WHOLE`."""
+        return self.whole if chunk_index == WHOLE else self.chunks[chunk_index]
 
     @property
     def are_closed(self) -> bool:

@@ -138,6 +138,7 @@ class Config:
         require(steps <= chunks, "training.steps_per_epoch", steps, rule)
         self._check_inductive()
         self._check_rounding()
+        self._check_correction()
         if self.device != "auto":
             self.check_device(self.device)
         if self.task.kind == "link" and self.parallel.num_ways > 1:
@@ -183,6 +184,19 @@ class Config:
         for name, (value, rule, is_right) in others.items():
             text = f"goes with `{name}` {rule} only, not with {value}; set it to null"
             require(is_right, "history.dtype", dtype, text)
+
+    def _check_correction(self) -> None:
+        every, steps = self.history.correct_every, self.training.steps_per_epoch
+        if every is None:
+            return
+        others = {
+            "training.steps_per_epoch": (steps, "1", steps == 1),
+            "comm.gradient": (self.comm.gradient, "fp32", self.comm.gradient == "fp32"),
+            "kernels.cuda_graphs": ("true", "false", not self.kernels.cuda_graphs),
+        }
+        for name, (value, wanted, is_right) in others.items():
+            rule = f"goes with `{name}` {wanted} only, not with {value}; set it to null"
+            require(is_right, "history.correct_every", every, rule)
 
     def _check_inductive(self) -> None:
         given = {

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gnnpipe.cell import WHOLE
 from gnnpipe.comm import Comm, Message
 from gnnpipe.inbox import Inbox
 from gnnpipe.kernels import SparseRows
@@ -193,6 +194,46 @@ class Engine:
             self._comm.recorder.action(kind, stage_index, position, start_s=start_s, end_s=end_s)
         return loss
 
+    def add_exact_gradients(self, epoch: int) -> None:
+        """Adds full-graph training's gradients at the weights as they are to the parameters'.
+
+        All chunks pass a stage at once, so that nothing is read that is not fresh, and the stages
+        work one after the other: forward, then back. Dropout's masks are those of the epoch. The
+        tables are left with exact rows.
+
+        Args:
+            epoch: whose last step has run.
+        """
+        self._comm.flush()
+        self._inputs.task.start_step(epoch)
+        for stage in self.stages.values():
+            stage.start_step()
+        rows, stages = sum(self._chunk_sizes), sorted(self.stages.items())
+        gradient = torch.empty(0)
+        with self._comm.counted_as("evaluation"):
+            for index, stage in stages:
+                self._comm.during(f"the exact forward of stage {index}")
+                action = Action(index, "F", 0)
+                out = stage.forward(WHOLE, self._whole_input(action, rows))
+                self._hold(action, out)
+                if index == self._last:
+                    gradient = self._loss(out.x, self._inputs.all_targets, self._num_train)[1]
+                else:
+                    self._hand_over(action._replace(stage_index=index + 1), out, rows)
+            for index, stage in reversed(stages):
+                self._comm.during(f"the exact backward of stage {index}")
+                action = Action(index, "B", 0)
+                is_last = index == self._last
+                flow = Flow(gradient, {}) if is_last else self._whole_input(action, rows)
+                done = self._layer_done(index, epoch)
+                back = stage.backward(WHOLE, flow, layer_done=done)
+                if index > 0:
+                    self._hand_over(action._replace(stage_index=index - 1), back, rows)
+            self.weight_sums.finish()
+            self._comm.flush()
+        for stage in self.stages.values():
+            stage.end_step()
+
     def gradient_norm(self, num_layers: int) -> float:
         """Norm of the gradient of all weights of the model, on every rank the same bits.
 
@@ -297,8 +338,8 @@ class Engine:
         squares = torch.zeros((num_layers, 3), dtype=torch.float64)
         for stage in self.stages.values():
             for local in stage.layers:
-                if local.table is not None and local.table.drift is not None:
-                    squares[local.layer_index, :2] = local.table.drift
+                if local.table is not None and local.table.measured is not None:
+                    squares[local.layer_index, :2] = local.table.measured
                     squares[local.layer_index, 2] = 1.0
         layers = self._comm.sum_over_ranks(squares).tolist()
         return [
@@ -318,12 +359,13 @@ class Engine:
             return 0.0
         if not total:
             return 0.0
-        assert isinstance(out.x, Tensor)
-        targets = self._inputs.targets[chunk]
-        loss, self._loss_gradients[chunk] = self._inputs.task.loss(
-            out.x, targets.labels, targets.masks[0], total=total
-        )
+        loss, self._loss_gradients[chunk] = self._loss(out.x, self._inputs.targets[chunk], total)
         return float(loss)
+
+    def _loss(self, scores: object, targets: Targets, total: float) -> tuple[Tensor, Tensor]:
+        """The loss of some rows, and its gradient."""
+        assert isinstance(scores, Tensor)
+        return self._inputs.task.loss(scores, targets.labels, targets.masks[0], total=total)
 
     def _backward(
         self,
@@ -424,7 +466,7 @@ class Engine:
             self._comm.send(tensor, message)
 
     def _whole_input(self, action: Action, num_rows: int) -> Flow:
-        if action.stage_index == 0:
+        if action.stage_index == 0 and action.kind == "F":
             return Flow(self._inputs.all_features(), {})
         if self._source(action) == self._comm.rank:
             return self._handed.pop(action)

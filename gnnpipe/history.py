@@ -63,6 +63,9 @@ class Table:
         self.gate = like.new_zeros(num_gradients)
         """Factor of each gradient row for its readers, 0 before it is known."""
         self.drift: Tensor | None = None
+        """Adds up while a measured epoch runs."""
+        self.measured: Tensor | None = None
+        """What the last measured epoch has added up."""
         self._is_zeroed = False
         self._period = period
         self._snapshot = self.values.clone() if period > 1 and recall is None else None
@@ -80,6 +83,7 @@ class Table:
                 historical to fresh and the squared size of the fresh values, ``[2]``, float64.
         """
         self.start_step()
+        self.measured = None
         self.drift = torch.zeros(2, dtype=torch.float64) if is_measured else None
         if self._snapshot is not None and (epoch - 1) % self._period != 0:
             self.values.copy_(self._snapshot)
@@ -94,7 +98,8 @@ class Table:
         self._is_zeroed = False
 
     def end_epoch(self, epoch: int) -> None:
-        """Takes the snapshot when a period ends."""
+        """Takes the snapshot when a period ends; rows that follow are no part of the drift."""
+        self.measured, self.drift = self.drift, None
         if self._snapshot is not None and epoch % self._period == 0:
             self._snapshot.copy_(self.values)
         if self.recall is not None:

@@ -16,6 +16,7 @@ from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import KINDS, Comm
 from gnnpipe.config import Config
 from gnnpipe.configured import configured_task, configured_updates
+from gnnpipe.correction import PREFIX, Correction
 from gnnpipe.environment import give_back_memory
 from gnnpipe.fields import require
 from gnnpipe.history import Table
@@ -215,6 +216,26 @@ class PipelineRun:
         self._updates = configured_updates(config)
         self._is_one_forward = evaluated_on is None and _refreshes_by_evaluating(config, layers)
         self._optimizer = make_optimizer(parameters, self._updates)
+        self.add_exact_gradients = self.engine.add_exact_gradients
+        self.correction: Correction | None = None
+        if config.history.correct_every is not None and self._num_chunks > 1:
+            _check_columns(layers, config.history.correct_every)
+            self.correction = self.new_correction(config.history.correct_every)
+
+    def new_correction(self, every: int) -> Correction:
+        """What corrects the gradients of this rank's layers.
+
+        Args:
+            every: epochs between two exact gradients.
+        """
+        is_first_way = self._comm.mesh.way(self.rank) == 0  # ways hold equal gradients
+
+        def add_up(sums: Tensor) -> Tensor:
+            self._comm.during("the fit of the correction")
+            return self._comm.sum_over_ranks(sums if is_first_way else torch.zeros_like(sums))
+
+        layers = [(local.layer_index, local.layer) for local in self._local]
+        return Correction(layers, num_layers=len(self._layers), every=every, add_up=add_up)
 
     def warm_start(self) -> None:
         """Fills the first history with the exact values of the initial weights."""
@@ -237,6 +258,7 @@ class PipelineRun:
         for step in range(config.training.steps_per_epoch):
             self._optimizer.zero_grad()
             loss += self.engine.train_step(epoch, order, step=step, is_measured=is_measured)
+            self._correct(epoch)
             start_s = time.perf_counter()
             if self.engine.step_train(order, step):
                 self._update()
@@ -248,6 +270,17 @@ class PipelineRun:
             give_back_memory()
         self._has_trained = True
         return loss
+
+    def _correct(self, epoch: int) -> None:
+        """Makes the epoch's gradients exact, or less biased."""
+        if self.correction is None:
+            return
+        if not self.correction.is_due(epoch):
+            self.correction.apply(epoch)
+            return
+        self.correction.set_aside()
+        self.add_exact_gradients(epoch)
+        self.correction.take()
 
     def _is_due(self, epoch: int) -> bool:
         """Whether the histories that an epoch has left are to be replaced by exact ones."""
@@ -364,6 +397,8 @@ class PipelineRun:
             layers = [(local.layer_index, local.layer) for local in self._local]
             tensors |= model_state(layers, self._optimizer)
             tensors |= moment_state(self._local) if histories else {}
+            if histories and self.correction is not None:
+                tensors |= self.correction.state_dict()
         return tensors | self.engine.weight_sums.state_dict()
 
     def restore(self, shards: Shards) -> None:
@@ -372,6 +407,9 @@ class PipelineRun:
         load_model_state(layers, self._optimizer, shards)
         owed = {name: shards.tensor(name) for name in shards.names("rounding.")}
         self.engine.weight_sums.load_state_dict(owed, [index for index, _ in layers])
+        if self.correction is not None:
+            kept = {name: shards.tensor(name) for name in shards.names(PREFIX)}
+            self.correction.load_state_dict(kept)
         if shards.names("history."):
             load_moments(self._local, shards)
             for local in self._local:
@@ -408,6 +446,13 @@ def _refreshes_by_evaluating(config: Config, layers: Sequence[Layer]) -> bool:
     is_other = config.training.ema_decay > 0 or config.history.dtype is not None
     modules = (module for layer in layers for module in layer.modules())
     return not is_other and not any(isinstance(module, NodeNorm) for module in modules)
+
+
+def _check_columns(layers: Sequence[Layer], every: int) -> None:
+    modules = (module for layer in layers for module in layer.modules())
+    has_columns = any(isinstance(module, NodeNorm) for module in modules)
+    rule = "must be null with norms of columns, which know all rows chunk by chunk; set it to null"
+    require(not has_columns, "history.correct_every", every, f"{rule} or `model.norm` to layer")
 
 
 def table_bytes(tables: Iterable[Table]) -> int:

@@ -288,6 +288,9 @@ class HistoryConfig:
     refresh_every: int | None = 10
     """Epochs between exact forwards that renew all histories; null has none. One that falls on an
     evaluation serves for both."""
+    correct_every: int | None = None
+    """Epochs between exact gradients, for which stages wait for each other; what the pipeline's
+    lack is added to those in between, as far as it has lasted before. null has none."""
     max_drift: float | None = None
     """Renew all histories by an exact forward after an epoch whose values were, in some layer,
     more than this share away from the historical ones that it read; null never does."""
@@ -295,6 +298,7 @@ class HistoryConfig:
     def __post_init__(self) -> None:
         settle(self, "history")
         at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0, refresh_every=1)
+        at_least(self, "history", correct_every=1)
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
         rule = "must be between 0 (none) and 1 (undamped)"

@@ -158,7 +158,7 @@ class Stage:
         """Leaves the step's gradients to those who read them late."""
         if local.table is None or local.table.late is None:
             return
-        for cell in (local.cells.chunks[chunk_index] for chunk_index in self._done):
+        for cell in map(local.cells.at, self._done):
             for rows in (cell.rows, cell.out_mirrors):
                 local.table.late.settle(local.table.gradients, rows)
 
@@ -169,7 +169,7 @@ class Stage:
             table.end_epoch(self._epoch)
 
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
-        """Computes one chunk and remembers what its backward needs."""
+        """Computes one chunk, or :data:`~gnnpipe.cell.WHOLE`, for a backward to come."""
         records: list[Record | Recipe] = []
         x, carried = flow.x, dict(flow.carried)
         for local in self._parts:
@@ -198,7 +198,7 @@ class Stage:
         self, local: LocalLayer, chunk_index: int, recipe: Recipe
     ) -> tuple[Tensor, Record, dict[str, Tensor]]:
         """Runs one layer on one chunk: its result, its graph, what it hands on."""
-        cell, layer, x = local.cells.chunks[chunk_index], local.layer, recipe.x
+        cell, layer, x = local.cells.at(chunk_index), local.layer, recipe.x
         if x is None:
             assert local.table is not None
             x = alias(local.table.values, cell.rows).to(local.table.gradients.dtype)

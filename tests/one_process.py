@@ -65,6 +65,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "predict": None,
             "max_drift": None,
             "refresh_every": None,
+            "correct_every": None,
             "late_gradient": 0.0,
             "late_gradient_momentum": 0.0,
             "history_dtype": None,

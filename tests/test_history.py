@@ -148,8 +148,12 @@ def test_drift_is_the_change_from_historical_to_fresh() -> None:
         Reader(table, way.cells.chunks[chunk], Alone(), factor=1.0).aggregate(leaf([value]))
     assert table.drift is not None
     assert table.drift.tolist() == [0.0 + 4.0 + 4.0, 1.0 + 25.0 + 0.0]
+    table.end_epoch(1)
+    Reader(table, way.cells.chunks[0], Alone(), factor=1.0).aggregate(leaf([9.0]))
+    assert table.measured is not None
+    assert table.measured.tolist() == [8.0, 26.0]
     table.start_epoch(2)
-    assert table.drift is None
+    assert table.measured is None
 
 
 # --- gradients

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "late": {"late_gradient": 0.5},
     "late, averaged": {"late_gradient": 1.0, "late_gradient_momentum": 0.6},
     "refreshed": {"refresh_every": 3},
+    "corrected": {"correct_every": 2, "refresh_every": 3},
     "renewed": {"max_drift": 0.0, "late_gradient": 1.0, "keeps_dropout": False},
 }
 
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         ("late", "gcn"),
         ("clean", "resgcn+"),
         ("plain", "gat"),
-        *((case, "transformer") for case in ("published", "refreshed")),
+        *((case, "transformer") for case in ("published", "refreshed", "corrected")),
         *((case, "deepergcn") for case in ("plain", "published")),
     ],
 )

@@ -339,6 +339,7 @@ def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
     [
         ["history.dropout=false", "history.refresh_every=3"],
         ["history.predict=linear", "model.dropout=0", "training.lr=0.1"],
+        ["history.correct_every=2"],
     ],
 )
 def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Path) -> None:
