@@ -138,7 +138,7 @@ def _job(facts: dict[str, Any], options: argparse.Namespace, results: Path) -> d
         "run.timeout_s": 600,
     }
     return {
-        "overrides": [f"{key}={value}" for key, value in values.items()],
+        "overrides": [*(f"{key}={value}" for key, value in values.items()), *options.set],
         "partition": str(options.work / facts["graph"]),
         "toy": str(options.work / "toy"),
         "results": str(results),
@@ -274,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=32)
     add("--channels", type=int, default=64)
     add("--chunks", type=int, default=16)
+    add("--set", nargs="+", default=[], help="settings of the run besides, key=value")
     add("--mallocs", nargs="+", choices=MALLOCS, default=list(MALLOCS))
     add("--work", type=Path, default=Path("runs/memory"), help="partitions and results; resumed")
     add("--out", type=Path, default=Path("benchmarks/results/memory.md"))

@@ -101,6 +101,8 @@ class Storage(NamedTuple):
     """Whether a table keeps earlier epochs' gradients too."""
     is_split: bool = False
     """Whether backwards leave the weights' gradients for later."""
+    is_corrected: bool = False
+    """Whether some epochs compute exact gradients besides, of all chunks at once."""
 
 
 def storage_of(config: Config) -> Storage:
@@ -114,6 +116,7 @@ def storage_of(config: Config) -> Storage:
         kept_copies=kept,
         has_late_gradients=history.late_gradient > 0,
         is_split=config.parallel.schedule == "split_backward",
+        is_corrected=history.correct_every is not None,
     )
 
 
@@ -188,16 +191,31 @@ def predict_memory_bytes(
     held = sum(layer.step_numbers for layer in layers)
     by_hand = sum(layer.input_lies_in_table for layer in layers)
     records = HAND_RECORD_BYTES * by_hand + RECORD_BYTES * (len(layers) - by_hand)
-    has_late = storage.has_late_gradients and num_chunks > 1  # One chunk reads no history.
+    reads_history = num_chunks > 1
+    has_late = storage.has_late_gradients and reads_history
+    copies = 4  # of the weights: they, their gradients, the optimizer's two
+    peak = max(training, evaluation)
+    if storage.is_corrected and reads_history:
+        copies += 2  # what gradients lack, and the pipeline's own
+        once = predict_memory_bytes(
+            layers,
+            is_first=is_first,
+            num_cuts=num_cuts,
+            way=way._replace(largest_chunk=way.num_rows),
+            features=features,
+            num_chunks=1,
+            storage=storage,
+        )
+        peak = max(peak, once.activations + once.messages + once.working)
     return MemoryBytes(
         tables=_table_bytes(layers, way, storage._replace(has_late_gradients=has_late)),
         activations=activations,
         records=records * num_chunks,
         adjacency=_adjacency_bytes(layers, way, element_bytes),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
-        parameters=element_bytes * (4 * num_parameters(layers) + held),
+        parameters=element_bytes * (copies * num_parameters(layers) + held),
         messages=messages,
-        working=max(training, evaluation) - activations - messages,
+        working=peak - activations - messages,
     )
 
 

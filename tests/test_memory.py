@@ -10,6 +10,7 @@ from drawn import woven
 from one_process import layers_of, pipeline, settings, striped
 from torch import Tensor
 
+from gnnpipe.cell import WHOLE
 from gnnpipe.history import Table
 from gnnpipe.memory import (
     PLAIN,
@@ -123,6 +124,28 @@ def test_activations_are_never_more_than_predicted(
     shared = 2 * NUM_NODES // NUM_CHUNKS * 64
     shared += sum(local.layer.step_numbers for local in layers_of(run))
     assert 0 < found[0] < 1.1 * predicted(run).activations + 4 * shared
+
+
+@pytest.mark.parametrize("name", [*AGGREGATING, "gat"])
+def test_exact_gradients_take_no_more_than_predicted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(name, correct_every=2)
+    plain, storage = predicted(run), PLAIN._replace(is_corrected=True)
+    memory, found = predicted(run, storage=storage), []
+    assert memory.total > plain.total
+
+    def backward(stage: Stage, chunk_index: int, *arguments: Any, **options: Any) -> Flow:
+        if chunk_index == WHOLE:
+            found.append(live_bytes() - before)
+        return original(stage, chunk_index, *arguments, **options)
+
+    original = Stage.backward
+    monkeypatch.setattr(Stage, "backward", backward)
+    run.train_epoch(1)
+    before = live_bytes()
+    run.train_epoch(2)
+    assert 0 < found[0] < memory.activations + memory.working + memory.parameters
 
 
 @pytest.mark.parametrize("name", AGGREGATING)
