@@ -157,6 +157,7 @@ def curves(record: Mapping[str, Any]) -> dict[str, float | None]:
         "time/epoch_s": record.get("epoch_s"),
         "time/evaluation_s": record.get("evaluation_s"),
         "time_share/bubble": record.get("bubble_fraction"),
+        "correction/persistence": record.get("persistence"),
     }
     grouped = {
         tag.format(name): value

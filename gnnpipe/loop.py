@@ -198,7 +198,9 @@ def _epoch(
     if is_evaluated:
         run.write_timeline(Path(config.run.dir) / TIMELINE_FILE, epoch)
     record = _record(epoch, torch.stack(parts), run.transfer_s(), config.parallel.num_ways)
-    return replace(record, accuracy=accuracy, staleness=staleness, evaluation_s=evaluation_s), val
+    persistence = run.persistence if is_evaluated else None
+    record = replace(record, accuracy=accuracy, staleness=staleness, persistence=persistence)
+    return replace(record, evaluation_s=evaluation_s), val
 
 
 def _record(

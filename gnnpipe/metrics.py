@@ -43,6 +43,9 @@ class EpochRecord:
     """train, val and test; ``None`` when the epoch did not end with an evaluation."""
     staleness: Sequence[float | None] | None = None
     """At evaluations, for each layer that reads neighbours ``|fresh - historical| / |fresh|``."""
+    persistence: float | None = None
+    """At evaluations, with ``history.correct_every``: the share of what the pipeline's gradient
+    lacked that was still there at the next exact one, in [0, 1]."""
     gradient_norm: Sequence[float] | None = None
     """Of each stage's parameters, ``[stages]``, virtual stages included."""
     evaluation_s: float | None = None

@@ -56,6 +56,10 @@ class ReferenceRun:
     def staleness(self) -> None:
         """Nothing is stale."""
 
+    @property
+    def persistence(self) -> None:
+        """Nothing is lacking."""
+
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split."""
         with averaged_weights(self.reference.optimizer):

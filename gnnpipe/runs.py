@@ -93,6 +93,10 @@ class Run(Protocol):
     def staleness(self) -> list[float | None] | None:
         """Relative drift per layer in the last measured epoch, on every rank."""
 
+    @property
+    def persistence(self) -> float | None:
+        """How much of what gradients lacked lasts; None where nothing corrects them."""
+
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank."""
 
@@ -312,6 +316,11 @@ class PipelineRun:
     def staleness(self) -> list[float | None]:
         """Relative drift per layer in the last measured epoch, on every rank."""
         return self.engine.staleness(len(self._layers))
+
+    @property
+    def persistence(self) -> float | None:
+        """How much of what gradients lacked lasts; None where nothing corrects them."""
+        return None if self.correction is None else self.correction.persistence
 
     def evaluate(self) -> dict[str, float | None]:
         """Accuracy of each split, on every rank; refreshes the histories on the way if due."""

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from gnnpipe.config import from_dict, to_dict
 from gnnpipe.correction import Correction
 from gnnpipe.errors import UserError
+from gnnpipe.follower import curves
 from gnnpipe.links import link_graph
+from gnnpipe.metrics import read_metrics
 from gnnpipe.runs import PipelineRun
 
 PLAIN = {"cross_chunk_gradient": 1.0}
@@ -207,6 +209,15 @@ def test_corrections_in_real_processes(pool: ProcessPool, tmp_path: Path) -> Non
     }
     table["plain"] = [*table["gcnii111"], "history.correct_every=null"]
     results = train_all(pool, tmp_path / "runs", table)
+    paths = [tmp_path / "runs" / name / "metrics.jsonl" for name in ("gcnii212", "plain")]
+    lines = [read_metrics(path) for path in paths]
+    found, without = ([line.get("persistence") for line in part] for part in lines)
+    assert found[:-1] == [None] * 5
+    shown = curves(lines[0][-1])["correction/persistence"]
+    assert shown == found[-1]
+    assert shown is not None
+    assert 0.0 <= shown <= 1.0
+    assert without == [None] * len(lines[1])
     for model in ("gcnii", "gat"):
         one = results[f"{model}111"]
         for name in ("211", "221"):
