@@ -7,7 +7,7 @@ rows mean is the stage's business, how they travel is ``comm``'s.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,25 +210,30 @@ class Engine:
             stage.start_step()
         rows, stages = sum(self._chunk_sizes), sorted(self.stages.items())
         gradient = torch.empty(0)
+        recorder = self._comm.recorder
         with self._comm.counted_as("evaluation"):
             for index, stage in stages:
+                start_s = time.perf_counter()
                 self._comm.during(f"the exact forward of stage {index}")
-                action = Action(index, "F", 0)
+                action = self._whole_action(index, "F")
                 out = stage.forward(WHOLE, self._whole_input(action, rows))
                 self._hold(action, out)
                 if index == self._last:
                     gradient = self._loss(out.x, self._inputs.all_targets, self._num_train)[1]
                 else:
                     self._hand_over(action._replace(stage_index=index + 1), out, rows)
+                recorder.exact("F", index, start_s=start_s, end_s=time.perf_counter())
             for index, stage in reversed(stages):
+                start_s = time.perf_counter()
                 self._comm.during(f"the exact backward of stage {index}")
-                action = Action(index, "B", 0)
+                action = self._whole_action(index, "B")
                 is_last = index == self._last
                 flow = Flow(gradient, {}) if is_last else self._whole_input(action, rows)
                 done = self._layer_done(index, epoch)
                 back = stage.backward(WHOLE, flow, layer_done=done)
                 if index > 0:
                     self._hand_over(action._replace(stage_index=index - 1), back, rows)
+                recorder.exact("B", index, start_s=start_s, end_s=time.perf_counter())
             self.weight_sums.finish()
             self._comm.flush()
         for stage in self.stages.values():
@@ -261,7 +266,7 @@ class Engine:
         logits = None
         with self._comm.counted_as("evaluation"):
             for index, stage in sorted(self.stages.items()):
-                action = Action(index, "F", 0)
+                action = self._whole_action(index, "F")
                 self._comm.during(f"inference of stage {index}")
                 flow = self._whole_input(action, rows)
                 out = stage.infer(flow, into_tables=into_tables)
@@ -465,6 +470,10 @@ class Engine:
         for message, tensor in zip(self._messages(action, peer, num_rows), tensors, strict=True):
             self._comm.send(tensor, message)
 
+    def _whole_action(self, stage_index: int, kind: Literal["F", "B"]) -> Action:
+        """All chunks at once: at a position behind theirs, so that messages differ from theirs."""
+        return Action(stage_index, kind, len(self._chunk_sizes))
+
     def _whole_input(self, action: Action, num_rows: int) -> Flow:
         if action.stage_index == 0 and action.kind == "F":
             return Flow(self._inputs.all_features(), {})
@@ -475,6 +484,6 @@ class Engine:
 
 
 def _tag(action: Action, item: int, num_chunks: int) -> int:
-    """A number that no other message between the same two ranks has in one epoch."""
-    position = action.stage_index * num_chunks + action.chunk_index
+    """A number that no other message of the epoch between the same two ranks has."""
+    position = action.stage_index * (num_chunks + 1) + action.chunk_index
     return message_tag(position, item, is_backward=action.kind != "F")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gnnpipe.recorder import ACTION, ACTION_KINDS, MESSAGE_KINDS, STEP, WAIT, Array
+from gnnpipe.recorder import ACTION, ACTION_KINDS, EXACT, MESSAGE_KINDS, STEP, WAIT, Array
 from gnnpipe.schedule import Timeline as Predicted
 from gnnpipe.timeline import Timeline
 
@@ -19,6 +19,7 @@ COLOURS = {
     "forward": "#4878a8",
     "backward": "#e08840",
     "weight gradients": "#f0c080",
+    "exact gradient": "#a070b0",
     "step": "#50a060",
     "waiting": "#dcdcdc",
 }
@@ -116,6 +117,7 @@ def _kinds(events: Array) -> list[tuple[str, Any]]:
             (name, events[(what == ACTION) & np.isin(kind, _numbers(kinds))])
             for name, kinds in ACTION_NAMES.items()
         ),
+        ("exact gradient", events[what == EXACT]),
         ("step", events[what == STEP]),
         ("waiting", events[(what == WAIT) & is_message]),
     ]
@@ -127,22 +129,25 @@ def _numbers(kinds: str) -> list[int]:
 
 def _bars(axes: Axes, rank: int, spans: Array, name: str) -> None:
     """Bars of one rank, ``spans [n, 2]``: start and length in milliseconds."""
+    if not len(spans):
+        return
     axes.broken_barh(
         [tuple(span) for span in spans.tolist()],
         (rank - 0.4, 0.8),
         facecolors=COLOURS[name],
+        label=name,
         edgecolor="white",
         linewidth=0.2,
     )
 
 
 def _finish_timeline(figure: Figure, axes: Axes, num_ranks: int, title: str) -> Figure:
-    for name, colour in COLOURS.items():
-        axes.barh(0, 0, color=colour, label=name)
+    handles, names = axes.get_legend_handles_labels()
+    shown = {name: handle for handle, name in zip(handles, names, strict=True)}  # one of all ranks
     axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.legend(shown.values(), shown, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ACTION, STEP, WAIT, SEND = range(4)
-"""What an event is: an action of the schedule, the optimizer's step, a wait, a send."""
+ACTION, STEP, WAIT, SEND, EXACT = range(5)
+"""What an event is: an action of the schedule, the optimizer's step, a wait, a send, a stage's
+share of an exact gradient."""
 
 ACTION_KINDS = "FBIG"
 MESSAGE_KINDS = ("boundary", "carried", "halo", "gradient", "ranks")
@@ -25,11 +26,12 @@ class Event(NamedTuple):
     """One row of a record; the fields that do not apply are 0."""
 
     what: int
-    """ACTION, STEP, WAIT or SEND."""
+    """ACTION, STEP, WAIT, SEND or EXACT."""
     kind: int
     """Index in :data:`ACTION_KINDS` or :data:`MESSAGE_KINDS`."""
     place: int
-    """Stage index of an action, the peer's rank of a message, -1 of a collective."""
+    """Stage index of an action or an exact pass, the peer's rank of a message, -1 of a
+    collective."""
     key: int
     """Chunk position of an action; of a message, what both ends call it."""
     num_bytes: int
@@ -63,6 +65,10 @@ class Recorder:
     def step(self, *, start_s: float, end_s: float) -> None:
         """The optimizer took its step."""
         self._add(Event(STEP, 0, 0, 0, 0, start_s, end_s))
+
+    def exact(self, kind: str, stage: int, *, start_s: float, end_s: float) -> None:
+        """A forward or backward of all chunks at once ran, the waits for its messages included."""
+        self._add(Event(EXACT, ACTION_KINDS.index(kind), stage, 0, 0, start_s, end_s))
 
     def send(self, kind: str, peer: int, key: int, *, num_bytes: int, start_s: float) -> None:
         """A message has just been handed over; that began at ``start_s``."""

@@ -29,12 +29,18 @@ class Reports:
         self._comm = comm
         self._events: Array = np.empty((0, NUM_FIELDS))
         self._offset_s = 0.0
-        self._num_rows: int | None = None
+        self._has_exact = False
+        self._num_rows: dict[bool, int] = {}
         self._sending: Callable[[], Any] | None = None
 
-    def take(self, events: Array) -> None:
-        """This rank's events of an epoch, ``[events, NUM_FIELDS]``, in its own time."""
-        self._events = events
+    def take(self, events: Array, *, has_exact: bool) -> None:
+        """This rank's events of an epoch, ``[events, NUM_FIELDS]``, in its own time.
+
+        Args:
+            events: in order of their ends.
+            has_exact: whether the epoch computed the exact gradient too: it has more messages.
+        """
+        self._events, self._has_exact = events, has_exact
 
     def send(self, values: Tensor) -> list[Tensor]:
         """Every rank -> rank 0: the epoch's figures and events.
@@ -45,9 +51,11 @@ class Reports:
         Returns:
             Every rank's figures on rank 0; nothing elsewhere.
         """
-        if self._num_rows is None:  # Every epoch has the same messages.
-            self._num_rows = self._comm.largest_over_ranks(len(self._events))
+        if not self._num_rows:
             self._offset_s = clock_offset_s(self._comm)
+        if self._has_exact not in self._num_rows:  # Epochs of a kind have the same messages.
+            most = self._comm.largest_over_ranks(len(self._events))
+            self._num_rows[self._has_exact] = most
         self.flush()
         self._sending = self._comm.gather_at_first(torch.cat((values, self._padded())))
         if self._comm.rank != 0:
@@ -64,9 +72,9 @@ class Reports:
         self._sending = None
 
     def _padded(self) -> Tensor:
-        assert self._num_rows is not None
-        rows = np.full((self._num_rows, NUM_FIELDS), -1.0)
-        events = self._events[: self._num_rows]
+        num_rows = self._num_rows[self._has_exact]
+        rows = np.full((num_rows, NUM_FIELDS), -1.0)
+        events = self._events[:num_rows]
         rows[: len(events)] = events
         rows[: len(events), -2:] += self._offset_s
         return torch.from_numpy(rows).flatten()

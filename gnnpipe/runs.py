@@ -269,7 +269,7 @@ class PipelineRun:
             recorder.step(start_s=start_s, end_s=time.perf_counter())
         self._renew_histories()
         self._epoch = epoch
-        self._reports.take(recorder.stop())
+        self._reports.take(recorder.stop(), has_exact=self._is_exact(epoch))
         if not self._has_trained:
             give_back_memory()
         self._has_trained = True
@@ -279,12 +279,16 @@ class PipelineRun:
         """Makes the epoch's gradients exact, or less biased."""
         if self.correction is None:
             return
-        if not self.correction.is_due(epoch):
+        if not self._is_exact(epoch):
             self.correction.apply(epoch)
             return
         self.correction.set_aside()
         self.add_exact_gradients(epoch)
         self.correction.take()
+
+    def _is_exact(self, epoch: int) -> bool:
+        """Whether an epoch's step takes the exact gradient, which the epoch computes too."""
+        return self.correction is not None and self.correction.is_due(epoch)
 
     def _is_due(self, epoch: int) -> bool:
         """Whether the histories that an epoch has left are to be replaced by exact ones."""

@@ -22,6 +22,7 @@ from gnnpipe.mesh import Mesh
 from gnnpipe.recorder import (
     ACTION,
     ACTION_KINDS,
+    EXACT,
     MESSAGE_KINDS,
     SEND,
     STEP,
@@ -127,8 +128,8 @@ def chrome_events(
 ) -> list[dict[str, Any]]:
     """The events of a trace: a process for each rank, microseconds.
 
-    Actions, steps and the waits inside them are slices of the compute track; sends and receives
-    are slices of their direction's track, joined by flow arrows.
+    Actions, exact passes, steps and the waits inside them are slices of the compute track; sends
+    and receives are slices of their direction's track, joined by flow arrows.
 
     Args:
         records: each rank's events in one time.
@@ -146,7 +147,7 @@ def chrome_events(
                 result += _message(event, rank, is_send=is_send)
                 if event[_PLACE] >= 0 and number in sent_id:
                     result.append(_flow(event, rank, f"{flow_prefix}{number}", is_send=is_send))
-        for event in events[(events[:, _WHAT] == ACTION) | (events[:, _WHAT] == STEP)]:
+        for event in events[np.isin(events[:, _WHAT], (ACTION, EXACT, STEP))]:
             result.append(_slice(_action_name(event), rank, 0, event, category="compute"))
     return result
 
@@ -154,7 +155,12 @@ def chrome_events(
 def _action_name(event: Array) -> str:
     if event[_WHAT] == STEP:
         return "step"
-    return f"{int(event[_PLACE])}{ACTION_KINDS[int(event[_KIND])]}{int(event[_KEY])}"
+    stage_and_kind = f"{int(event[_PLACE])}{ACTION_KINDS[int(event[_KIND])]}"
+    return (
+        f"{stage_and_kind} exact"
+        if event[_WHAT] == EXACT
+        else f"{stage_and_kind}{event[_KEY]:.0f}"
+    )
 
 
 def _message(event: Array, rank: int, *, is_send: bool) -> Iterator[dict[str, Any]]:

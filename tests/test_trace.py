@@ -10,6 +10,7 @@ from process_pool import ProcessPool
 
 from gnnpipe.mesh import Mesh
 from gnnpipe.metrics import read_metrics, time_shares
+from gnnpipe.pictures import timeline_figure
 from gnnpipe.recorder import (
     ACTION,
     SEND,
@@ -20,6 +21,7 @@ from gnnpipe.recorder import (
     is_backward_tag,
     message_tag,
 )
+from gnnpipe.timeline import load_timeline
 from gnnpipe.trace import Trace, chrome_events, transfer_s
 
 BOUNDARY, HALO, GRADIENT = 0, 2, 3
@@ -158,6 +160,35 @@ def test_a_run_leaves_a_trace_of_every_rank(traced: Path) -> None:
     assert ends["s"] == ends["f"]
     kinds = {event["cat"] for event in slices}
     assert kinds == {"compute", "wait", "boundary", "carried", "halo", "gradient"}
+
+
+def test_an_exact_pass_is_whole_in_the_trace_and_in_the_picture(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    mesh = ["parallel.num_stages=2", "parallel.num_ways=2", "partition.num_chunks=4"]
+    size = ["model.num_layers=4", "model.hidden_channels=16", "training.epochs=4"]
+    exact = ["history.correct_every=2", "run.trace=true"]
+    train_all(pool, tmp_path, {"run": [*mesh, *size, *exact]})
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    for rank in range(4):
+        stage = rank // 2
+        ordinary = [f"{stage}F{k}" for k in range(4)] + [f"{stage}B{k}" for k in range(3, -1, -1)]
+        passes = [f"{stage}F exact", f"{stage}B exact"]
+        # The last three epochs: with an exact pass, without, with one.
+        expected = [*ordinary, *passes, "step", *ordinary, "step", *ordinary, *passes, "step"]
+        found = [e for e in trace if (e["ph"], e["pid"], e["tid"]) == ("X", rank, 0)]
+        assert [e["name"] for e in found if e["cat"] == "compute"] == expected
+    timeline = load_timeline(tmp_path / "run" / "timeline.npz")
+    assert timeline is not None
+    assert timeline.epoch == 4
+    legend = timeline_figure(timeline).axes[0].get_legend()
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["forward", "backward", "exact gradient", "step", "waiting"]
+    # Messages of the exact pass are not taken for those of the pipeline that chunk 0 has.
+    for events in timeline.ranks:
+        tags = events[(events[:, 0] == WAIT) & (events[:, 1] == BOUNDARY), 3]
+        assert len(set(tags)) == len(tags) == 4 + 1
 
 
 def test_no_trace_unless_asked_for(pool: ProcessPool, tmp_path: Path) -> None:
