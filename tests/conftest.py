@@ -1,6 +1,7 @@
 """What every test file may use: the shared real graphs, and one thread per process."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+# Background jobs of shells ignore signals, and so would the processes that tests send signals to.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        _wanted = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(_number, _wanted)
 
 settings.register_profile("any machine", deadline=None)  # A busy one is no reason to fail.
 settings.load_profile("any machine")
