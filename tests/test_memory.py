@@ -1,6 +1,7 @@
 """The closed formula of memory against what tensors really hold."""
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import drawn
@@ -27,6 +28,15 @@ from gnnpipe.stage import Flow, Stage
 NUM_CHUNKS = 4
 NUM_NODES = 400
 AGGREGATING = ["gcn", "sage", "gin", "gcnii", "resgcn+"]
+
+
+@pytest.fixture(autouse=True)
+def own_objects() -> Iterator[None]:
+    """Lets :func:`live_bytes` look at a test's own objects alone: those before are many."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def built(name: str, **changes: Any) -> PipelineRun:
@@ -183,7 +193,7 @@ def test_inference_needs_no_table_of_its_own_where_the_gradients_are_as_long() -
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that some tensor holds."""
+    """Bytes of all storages that some tensor of this test holds."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
