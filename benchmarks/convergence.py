@@ -205,7 +205,7 @@ def _chunk_id(name: str, num_chunks: int, method: str) -> Any:
 class Chunked:
     """The pipeline itself, chunk by chunk: where the shortcut by layers has nothing to save
     (exact training), or does not know how (several steps in an epoch, layers that
-    gather from histories that are not plain)."""
+    gather from histories that are not plain, or moved)."""
 
     def __init__(self, config: Config, graph: Graph, chunk_id: Any) -> None:
         ways = np.zeros_like(chunk_id)
@@ -226,7 +226,7 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
     sums = all(not layer.operator.startswith("edges") for layer in model_layers(config, graph))
-    knows = sums or idea == Idea()
+    knows = sums or (idea == Idea() and not config.history.strata)
     if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not knows:
         return Chunked(config, graph, chunk_id)
     return Layerwise(config, graph, chunk_id, idea=idea)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from gnnpipe.sources import merge
 
 PUBLISHED = {"period": 23, "warm_start": "zeros", "order": "shuffled", "cross_chunk_gradient": 2.0}
-_NEVER: Mapping[str, Mapping[str, object]] = {"history": {"refresh_every": None}}
+_UNMOVED: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0}}
+_NEVER: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0, "refresh_every": None}}
 _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "never refreshed": {},
     "published": {"history": PUBLISHED, "partition": {"method": "metis-grouped"}},
@@ -51,11 +52,13 @@ _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
-    "refresh every 5": {"history": {"refresh_every": 5}},
-    "correct every 10": {"history": {"correct_every": 10}},
-    "correct every 20": {"history": {"correct_every": 20}},
+    "one stratum": {"history": {"strata": 1}},
+    "unmoved": _UNMOVED,
+    "refresh every 5": {"history": {"strata": 0, "refresh_every": 5}},
+    "correct every 10": {"history": {"strata": 0, "correct_every": 10}},
+    "correct every 20": {"history": {"strata": 0, "correct_every": 20}},
     **{
-        f"refreshed, {name}": _NEVER_REFRESHED[name]
+        f"refreshed, {name}": merge(_UNMOVED, _NEVER_REFRESHED[name])
         for name in ("dropout false, late gradient 1", "late gradient 1, smoothed 0.8")
     },
     **{name: merge(_NEVER, changes) for name, changes in _NEVER_REFRESHED.items()},

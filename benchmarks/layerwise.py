@@ -3,10 +3,10 @@
 A row of layer l depends on rows of layer l - 1 in its own chunk and in earlier ones, and on
 history. So all chunks of a layer can be computed at once, with the edges split by whether the
 source's chunk comes later in the epoch's order (historical) or not (fresh). An epoch then costs
-what full-graph training costs, which makes studies with many chunks and seeds affordable;
+little more than full-graph training's, which makes studies with many chunks and seeds affordable;
 ``tests/test_layerwise.py`` holds the losses to the pipeline's. Layers that gather (attention)
 get each row thrice, and their edges the row that is theirs; of what is kept they know the plain
-history only (``Idea()``).
+history only (``Idea()``), and nothing of strata.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gnnpipe import chunk
 from gnnpipe.cell import Cell, Edges
+from gnnpipe.compensation import PRIOR
 from gnnpipe.config import Config, from_dict, to_dict
 from gnnpipe.configured import model_layers
 from gnnpipe.counter import stream_key
@@ -62,6 +64,8 @@ class _Split(NamedTuple):
     """Transposed: readers of fresh rows."""
     missing: RowBlock
     """Transposed: readers of historical rows."""
+    moved: "Moved | None"
+    """What historical rows are moved by; None leaves them."""
 
 
 class Layerwise:
@@ -80,6 +84,8 @@ class Layerwise:
         self.config, self.idea = config, idea or idea_of(config)
         self._chunk_id = torch.as_tensor(np.asarray(chunk_id), dtype=torch.int64)
         self._num_chunks = int(self._chunk_id.max()) + 1
+        readers = torch.bincount(torch.as_tensor(graph.indices), minlength=graph.num_nodes)
+        self._stratum = stratum_of(readers, config.history.strata)
         self.run = whole_run(config, graph)
         self.tables: dict[int, Memory] = {}
         self._splits: dict[str, _Split] = {}
@@ -131,6 +137,12 @@ class Layerwise:
         blocks = {operator: cell for operator, cell in parts.items() if cell.edges is None}
         factor = self.config.history.cross_chunk_gradient
         self._splits = {operator: split(cell, place, factor) for operator, cell in blocks.items()}
+        if self.config.history.strata and int(place.max()) > 0:
+            like = next(iter(self.tables.values())).history.new_empty(0)
+            for operator, cell in blocks.items():
+                own, rows = self._splits[operator], (place, self._stratum)
+                moved = Moved(own.stale, *(r[cell.node_id] for r in rows), factor, like=like)
+                self._splits[operator] = own._replace(moved=moved)
         gathered = {
             operator: cell._replace(edges=thrice(cell, place))
             for operator, cell in parts.items()
@@ -164,7 +176,7 @@ class Layerwise:
         """Exact."""
         return self.run.evaluate()
 
-    def _reader(self, table: Any, cell: Any, _kept: Any = None) -> Any:
+    def _reader(self, table: Any, cell: Any, _chunk: int, _kept: Any = None) -> Any:
         if table is None:
             return None
         known = id(table)
@@ -187,7 +199,7 @@ def whole_run(config: Config, graph: Graph) -> PipelineRun:
     whole = chunk.cut(graph, zeros, zeros, num_ways=1, method="file", seed=0)
     values = to_dict(config)
     values["partition"] |= {"num_chunks": 1, "path": None, "method": "contiguous"}
-    values["history"] = {"warm_start": "zeros"}
+    values["history"] = {"warm_start": "zeros", "strata": 0}
     world = World(0, 1, device=torch.device("cpu"), store=None)
     return PipelineRun(from_dict(values), whole, world=world, layers=model_layers(config, whole))
 
@@ -301,7 +313,10 @@ class _Masked:
             shown = dropout_rows(shown, self.cell.node_id, p=memory.dropout, key=key)
         memory.shown, memory.fresh = shown, x.detach()
         out: Tensor = _Mix.apply(x, shown, self)
-        return out
+        if self.parts.moved is None:
+            return out
+        # What late gradients stand for counts once.
+        return self.parts.moved.add(out, x.detach() if memory.idea.gradient else x, shown)
 
 
 class _Mix(torch.autograd.Function):
@@ -327,6 +342,73 @@ class _Mix(torch.autograd.Function):
         return dx, None, None
 
 
+class Moved:
+    """Historical rows moved by the mean drift of their stratum, of all chunks at once.
+
+    Args:
+        stale: the edges from historical rows.
+        place: position of each row's chunk, ``[N]``.
+        stratum: of each row, ``[N]``.
+        factor: on gradients that cross chunks.
+        like: gives the dtype.
+    """
+
+    def __init__(
+        self, stale: RowBlock, place: Tensor, stratum: Tensor, factor: float, *, like: Tensor
+    ) -> None:
+        self.num_places, self.num_strata = int(place.max()) + 1, int(stratum.max()) + 1
+        self.cell, self.factor = place * self.num_strata + stratum, factor
+        members = functional.one_hot(stratum, self.num_strata).to(like)
+        done = self._by_place(torch.ones_like(members[:, :1])).cumsum(0)  # [C, G, 1]
+        of_all = PRIOR / done.sum(1, keepdim=True)
+        self.means = (of_all + torch.eye(self.num_strata, dtype=done.dtype)) / (done + PRIOR)
+        self.by_place = place.argsort(stable=True)
+        self.sizes = torch.bincount(place, minlength=self.num_places).tolist()
+        self.shares = aggregate(stale, members.contiguous())[self.by_place].split(self.sizes)
+
+    def add(self, out: Tensor, x: Tensor, shown: Tensor) -> Tensor:
+        """``out`` and what its historical rows have drifted."""
+        added: Tensor = _Drift.apply(x, shown, self)
+        return out + added
+
+    def _by_place(self, rows: Tensor) -> Tensor:
+        """Sums of rows by position and stratum, ``[C, G, F]``."""
+        sums = rows.new_zeros((self.num_places * self.num_strata, rows.shape[1]))
+        return sums.index_add_(0, self.cell, rows).view(self.num_places, self.num_strata, -1)
+
+    def forward(self, drift: Tensor) -> Tensor:
+        """What is added to the sums."""
+        shift = self.means @ self._by_place(drift).cumsum(0)
+        rows = [part @ own for part, own in zip(self.shares, shift, strict=True)]
+        return torch.empty_like(drift).index_copy_(0, self.by_place, torch.cat(rows))
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """What that gives to the rows it was made of."""
+        rows = gradient[self.by_place].split(self.sizes)
+        part = [own.t() @ grad for own, grad in zip(self.shares, rows, strict=True)]
+        due = self.means.transpose(1, 2) @ torch.stack(part)
+        later = due.flip(0).cumsum(0).flip(0) - due
+        total = (due + self.factor * later).flatten(0, 1)
+        return total[self.cell]
+
+
+class _Drift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shown: Tensor, moved: Moved) -> Tensor:
+        ctx.moved = moved
+        return moved.forward(x.detach() - shown)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.moved.backward(grads[0]), None, None
+
+
+def stratum_of(readers: Tensor, limit: int) -> Tensor:
+    """Order of magnitude of a number of readers, below ``limit``."""
+    exponent = torch.frexp(readers.clamp(min=1).double()).exponent.long()
+    return (exponent - 1).clamp(max=max(limit, 1) - 1)
+
+
 def split(cell: Any, place: Tensor, factor: float) -> _Split:
     """The cell's edges by whether their source is fresh to their target."""
     forward, backward = cell.forward, cell.backward
@@ -343,6 +425,7 @@ def split(cell: Any, place: Tensor, factor: float) -> _Split:
         _some(forward, ~is_fresh),
         _some(backward, was_fresh, crossing),
         _some(backward, ~was_fresh),
+        None,
     )
 
 

@@ -46,6 +46,7 @@ from gnnpipe.memory import (
 from gnnpipe.mesh import Mesh
 from gnnpipe.preflight import thread_variables
 from gnnpipe.runs import PipelineRun
+from gnnpipe.strata import strata_among
 from gnnpipe.way import way_graph
 from gnnpipe.world import World, join
 from launch.local import run_local
@@ -205,6 +206,7 @@ def _predict(config: Config, chunked: ChunkedGraph, world: World) -> MemoryBytes
             is_symmetric=graph.outgoing is graph.incoming,
             largest_chunk=int(np.diff(graph.chunk_ptr).max()),
             is_closed=mesh.num_ways == chunked.num_chunks == 1,
+            num_strata=strata_among(np.diff(chunked.out_indptr)),
         ),
         features=FeatureCounts(chunked.num_features, None if is_dense else part.nnz),
         num_chunks=chunked.num_chunks,

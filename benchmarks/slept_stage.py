@@ -141,6 +141,17 @@ class SleptStage:
     def end_epoch(self) -> None:
         """Nothing to keep."""
 
+    def enter(self, chunk_index: int) -> None:
+        """Sleeps what a stage does once for a chunk."""
+        local = next((local for local in self.layers if local.table is not None), None)
+        if local is None or local.table.compensation is None:
+            return
+        cell = local.cells.chunks[chunk_index]
+        num_edges = _num_edges(cell.forward, cell.edges)
+        self._sleeper.spend(
+            self._shape.profile.enter.seconds(cell.rows.stop - cell.rows.start, num_edges)
+        )
+
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
         """Sleeps and trades halos; returns zeros of the right shape."""
         carried = dict(flow.carried)
@@ -215,11 +226,16 @@ class SleptStage:
         values = table.values if kind == "F" else table.gradients
         exchanges = cell.in_exchanges if kind == "F" else cell.out_exchanges
         wait = self._comm.pull(values, exchanges)
+        finish = None
+        if table.compensation is not None:
+            finish = self._comm.start_add_up(torch.zeros_like(table.compensation.arrays[1]))
         if exchanges:
             sleeper.spend(hidden_s)
             sleeper.settle()
             total_s -= hidden_s
         wait()
+        if finish is not None:
+            finish()
         sleeper.spend(total_s)
         return num_rows
 

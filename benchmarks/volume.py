@@ -36,6 +36,7 @@ from gnnpipe.datasets import load_graph
 from gnnpipe.environment import end_with_parent
 from gnnpipe.preflight import thread_variables
 from gnnpipe.runs import PipelineRun
+from gnnpipe.strata import strata_among
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
 from gnnpipe.way import way_graph
 from gnnpipe.world import World, join
@@ -269,6 +270,8 @@ def _predict(config: Config, chunked: ChunkedGraph, mirrors: MirrorCounts) -> di
         num_ways=config.parallel.num_ways,
         mirrors=mirrors,
         element_bytes=4,
+        num_chunks=chunked.num_chunks,
+        num_strata=min(config.history.strata, strata_among(np.diff(chunked.out_indptr))),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gnnpipe.cell import Cells, build_cells
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import Comm
+from gnnpipe.compensation import Compensation, Stale
 from gnnpipe.counter import stream_key
 from gnnpipe.engine import Engine, Inputs, cuts_of
 from gnnpipe.errors import UserError
@@ -28,6 +29,7 @@ from gnnpipe.schedule import SCHEDULES, ScheduleName, split_layers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
 from gnnpipe.store import private_map
+from gnnpipe.strata import Strata, strata_of
 from gnnpipe.tasks import SingleLabel, Task
 from gnnpipe.way import WayGraph, way_graph
 
@@ -45,6 +47,8 @@ class Plan(NamedTuple):
     """Optimizer steps of an epoch."""
     schedule: ScheduleName = "fill_drain"
     keeping: Keeping = Keeping()
+    strata: int = 0
+    """Most strata whose mean drift historical rows are moved by; 0 leaves them as they are."""
     late_gradient: float = 0.0
     late_gradient_momentum: float = 0.0
     task: Task | None = None
@@ -117,12 +121,12 @@ def build_engine(
     stage_rank, way = mesh.stage_rank(comm.rank), mesh.way(comm.rank)
     bounds = plan.bounds
     graph = way_graph(chunked, way=way, num_ways=mesh.num_ways)
-    builder = _StageBuilder(graph, plan, like, comm)
+    builder = _StageBuilder(chunked, graph, plan, like, comm)
     stages = {}
     for index in mesh.stages_of(stage_rank, virtual_stages=plan.virtual_stages):
         local = range(bounds[index], bounds[index + 1])
         stages[index] = Stage(
-            [builder.layer(i, layers[i]) for i in local],
+            [builder.layer(i, layers[i], stage=index) for i in local],
             halo=comm,
             seed=plan.seed,
             factor=plan.cross_chunk_gradient,
@@ -144,15 +148,21 @@ def build_engine(
 class _StageBuilder:
     """Makes layers ready; layers with the same operator share their cells."""
 
-    def __init__(self, graph: WayGraph, plan: Plan, like: Tensor, comm: Comm) -> None:
+    def __init__(
+        self, chunked: ChunkedGraph, graph: WayGraph, plan: Plan, like: Tensor, comm: Comm
+    ) -> None:
         self._graph = graph
         self._comm = comm
         self._plan = plan
         self._like = like
         self._cells: dict[str, Cells] = {}
         self._scratch: dict[tuple[bool, int], Tensor] = {}
+        self._strata: Strata | None = None
+        if plan.is_trained and plan.strata and chunked.num_chunks > 1:  # One reads no history.
+            self._strata = strata_of(chunked, graph, limit=plan.strata, like=like)
+        self._stale: dict[tuple[int, str], Stale] = {}
 
-    def layer(self, index: int, layer: Layer) -> LocalLayer:
+    def layer(self, index: int, layer: Layer, *, stage: int) -> LocalLayer:
         """Initialises a layer without storage and gives it cells and a table."""
         if any(parameter.is_meta for parameter in layer.parameters()):
             layer = initialise(layer, seed=self._plan.seed, index=index, like=self._like)
@@ -167,7 +177,7 @@ class _StageBuilder:
                 backend=self._plan.backend,
             )
         with AskingFor("table", f"the table of layer {index}"):
-            table = self._table(layer, self._cells[operator])
+            table = self._table(layer, self._cells[operator], stage)
         return LocalLayer(index, layer, self._cells[operator], table, self._norms(layer))
 
     def _norms(self, layer: Layer) -> dict[nn.Module, Moments]:
@@ -179,7 +189,7 @@ class _StageBuilder:
             if isinstance(part, NodeNorm)
         }
 
-    def _table(self, layer: Layer, cells: Cells) -> Table | None:
+    def _table(self, layer: Layer, cells: Cells, stage: int) -> Table | None:
         if layer.operator == "none":
             return None
         graph = self._graph
@@ -205,7 +215,7 @@ class _StageBuilder:
                 factor=plan.late_gradient,
                 momentum=plan.late_gradient_momentum,
             )
-        return Table(
+        table = Table(
             num_values,
             num_gradients if self._plan.is_trained else 0,
             layer.table_channels if self._plan.is_trained else 0,
@@ -216,6 +226,18 @@ class _StageBuilder:
             scratch=self._shared_gradients(layer, cells, num_gradients),
             dtype=plan.history_dtype,
         )
+        if self._strata is not None:
+            key = stage, layer.operator
+            if key not in self._stale:
+                self._stale[key] = Stale(self._strata, cells)
+            table.compensation = Compensation(
+                self._stale[key],
+                table.values,
+                factor=plan.cross_chunk_gradient,
+                has_gradient=late is None,  # What late gradients stand for counts once.
+                start_sum=self._comm.start_add_up,
+            )
+        return table
 
     def _shared_gradients(self, layer: Layer, cells: Cells, num_rows: int) -> Tensor | None:
         """Memory for the gradients of all layers alike, where one is done with it before the next.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gnnpipe.cell import Cell, Cells
+from gnnpipe.cell import Cells
 from gnnpipe.counter import signed, stream_key
 from gnnpipe.history import Table
 from gnnpipe.kernels import drop_rows, keep_where, multiply, rectify
@@ -145,7 +145,7 @@ class ByHand:
     def on(self, chunk_index: int) -> "OnChunk":
         """The layer on one chunk."""
         if chunk_index not in self._on_chunks:
-            self._on_chunks[chunk_index] = OnChunk(self, self.cells.at(chunk_index))
+            self._on_chunks[chunk_index] = OnChunk(self, chunk_index)
         return self._on_chunks[chunk_index]
 
     def rows(self, *, like: Tensor) -> Tensor:
@@ -161,11 +161,12 @@ class ByHand:
 class OnChunk:
     """One layer on one chunk: what is the same in every epoch, and this one's mask."""
 
-    def __init__(self, by_hand: ByHand, cell: Cell) -> None:
+    def __init__(self, by_hand: ByHand, chunk: int) -> None:
         table, shared = by_hand.table, by_hand.shared
+        cell = by_hand.cells.at(chunk)
         self._by_hand = by_hand
         self._cell = cell
-        self._reader = Reader(table, cell, shared.halo, factor=shared.factor)
+        self._reader = Reader(table, cell, shared.halo, chunk=chunk, factor=shared.factor)
         self._values = alias(table.values, cell.rows)
         self._sums = alias(table.gradients, cell.rows)
         self._mask: Tensor | None = None

@@ -171,9 +171,12 @@ class Comm:
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Every way of this stage -> every other: the sum of a few numbers, in place."""
-        if self.mesh.num_ways > 1:
-            self.start_sum(numbers, "halo")()
+        self.start_add_up(numbers)()
         return numbers
+
+    def start_add_up(self, numbers: Tensor) -> Callable[[], None]:
+        """The same; returns at once with a function that waits for the sum."""
+        return self.start_sum(numbers, "halo") if self.mesh.num_ways > 1 else nothing
 
     def start_sum(self, bucket: Tensor, kind: Kind = "gradient") -> Callable[[], None]:
         """Every way of this stage -> every other: the sum over ways, in place.

@@ -89,6 +89,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             "order": "shuffled",
             "cross_chunk_gradient": 2.0,
             "refresh_every": None,
+            "strata": 0,
         },
     },
 }

@@ -27,6 +27,10 @@ PACK_S_PER_BYTE = 4.5e-10
 
 ROLES = ("input", "convolution", "output")
 
+ENTER = "E"
+"""Kind of what a stage does once for each chunk, whatever its layers: it looks which rows are
+historical. Of the convolutions, as other stages have none."""
+
 
 class Line(NamedTuple):
     """``fixed_s + per_row_s * rows + per_edge_s * edges``."""
@@ -53,6 +57,11 @@ class Profile(NamedTuple):
     """Work on a message, on either side."""
     pack_s_per_byte: float = PACK_S_PER_BYTE
     """Of collecting rows to send."""
+
+    @property
+    def enter(self) -> Line:
+        """What a stage with convolutions does before each chunk."""
+        return self.lines.get(f"convolution {ENTER}", Line(0.0, 0.0, 0.0))
 
     @property
     def schedules(self) -> list[ScheduleName]:

@@ -235,6 +235,9 @@ class Engine:
                     self._hand_over(action._replace(stage_index=index - 1), back, rows)
                 recorder.exact("B", index, start_s=start_s, end_s=time.perf_counter())
             self.weight_sums.finish()
+            for _, stage in stages:
+                for table in stage.tables:
+                    table.recount()
             self._comm.flush()
         for stage in self.stages.values():
             stage.end_step()
@@ -356,7 +359,9 @@ class Engine:
             flow = Flow(self._inputs.features[chunk], {})
         else:
             flow = self._obtain(action, inbox)
-        out = self.stages[action.stage_index].forward(chunk, flow)
+        stage = self.stages[action.stage_index]
+        stage.enter(chunk)
+        out = stage.forward(chunk, flow)
         self._hold(action, out)
         if action.stage_index < self._last:
             following = action._replace(stage_index=action.stage_index + 1)

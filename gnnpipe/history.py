@@ -19,6 +19,7 @@ restores the expectation of a single crossing.
 import torch
 from torch import Tensor
 
+from gnnpipe.compensation import Compensation
 from gnnpipe.recall import LateGradients, Recall
 
 
@@ -71,6 +72,8 @@ class Table:
         self._snapshot = self.values.clone() if period > 1 and recall is None else None
         self.recall = recall
         self.late = late
+        self.compensation: Compensation | None = None
+        """What is added to historical rows where they are read."""
 
     def start_epoch(self, epoch: int, *, is_measured: bool = False) -> None:
         """Makes last epoch's values historical; with a period, the frozen snapshot instead.
@@ -96,6 +99,13 @@ class Table:
         """Forgets all gradients: what is fresh from here on is so to this step's rows only."""
         self.gate.zero_()
         self._is_zeroed = False
+        if self.compensation is not None:
+            self.compensation.start_step()
+
+    def recount(self) -> None:
+        """Takes note of rows that were replaced otherwise than by a chunk's forward."""
+        if self.compensation is not None:
+            self.compensation.count()
 
     def end_epoch(self, epoch: int) -> None:
         """Takes the snapshot when a period ends; rows that follow are no part of the drift."""
@@ -107,6 +117,7 @@ class Table:
 
     def warm(self) -> None:
         """Takes the values as they stand for the first history."""
+        self.recount()
         if self.recall is not None:
             self.recall.warm(self.values[: self.recall.last.shape[0]])
         if self._snapshot is not None:
@@ -124,6 +135,11 @@ class Table:
         if is_enough:
             table.values = self.gradients[:num_values]
         return table
+
+    @property
+    def is_put_back(self) -> bool:
+        """Whether rows that are kept elsewhere become the values when an epoch starts."""
+        return self.recall is not None or self._snapshot is not None
 
     @property
     def is_exact(self) -> bool:
@@ -151,4 +167,5 @@ class Table:
         arrays += [] if self._snapshot is None else [self._snapshot]
         arrays += [] if self.recall is None else self.recall.arrays
         arrays += [] if self.late is None else [self.late.rows]
+        arrays += [] if self.compensation is None else self.compensation.arrays
         return sum(array.numel() * array.element_size() for array in arrays)

@@ -8,7 +8,8 @@ With n own rows, m_in and m_out mirrors, e edges of the way, and b bytes per num
     activations  b sum over the stage's layers and chunks of what autograd keeps of the rows;
                  of layers that run again their input, if no table holds it, and carried rows
     records      for each layer and chunk: autograd's nodes, small tensors, objects
-    adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row
+    adjacency    row blocks of each operator: 4 e, and scales, offsets and halves per row;
+                 G b n for the shares of G strata in what rows read
     features     the first stage's input rows
     parameters   4 b: values, gradients, Adam's two moments; what is made of them for a step
     messages     receives posted ahead, RECEIVES_AHEAD chunks of boundary rows, and the rows sent
@@ -74,6 +75,8 @@ class WayCounts(NamedTuple):
     """Most own rows of one chunk."""
     is_closed: bool = False
     """Whether no chunk reads another's rows, as one chunk on one way does not."""
+    num_strata: int = 0
+    """Orders of magnitude of the graph's degrees."""
 
 
 class FeatureCounts(NamedTuple):
@@ -97,6 +100,8 @@ class Storage(NamedTuple):
     """Whether a number of a table's values takes two bytes."""
     kept_copies: int = 0
     """Copies of its own rows that a table keeps beside its values, instead of a snapshot."""
+    strata: int = 0
+    """Most strata whose drift tables know; 0 is none."""
     has_late_gradients: bool = False
     """Whether a table keeps earlier epochs' gradients too."""
     is_split: bool = False
@@ -114,6 +119,7 @@ def storage_of(config: Config) -> Storage:
     own = Storage(element_bytes, history.period, config.memory.mode, is_half)
     return own._replace(
         kept_copies=kept,
+        strata=history.strata,
         has_late_gradients=history.late_gradient > 0,
         is_split=config.parallel.schedule == "split_backward",
         is_corrected=history.correct_every is not None,
@@ -207,11 +213,14 @@ def predict_memory_bytes(
             storage=storage,
         )
         peak = max(peak, once.activations + once.messages + once.working)
+    num_strata = min(way.num_strata, storage.strata) if reads_history else 0
+    tables = _table_bytes(layers, way, storage._replace(has_late_gradients=has_late))
+    widths = sum(layer.table_channels for layer in layers if layer.operator != "none")
     return MemoryBytes(
-        tables=_table_bytes(layers, way, storage._replace(has_late_gradients=has_late)),
+        tables=tables + element_bytes * (num_chunks + 3) * num_strata * widths,
         activations=activations,
         records=records * num_chunks,
-        adjacency=_adjacency_bytes(layers, way, element_bytes),
+        adjacency=_adjacency_bytes(layers, way, element_bytes, num_strata=num_strata),
         features=_feature_bytes(way, features, num_chunks, element_bytes) if is_first else 0,
         parameters=element_bytes * (copies * num_parameters(layers) + held),
         messages=messages,
@@ -258,7 +267,9 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
     return value_bytes * values + storage.element_bytes * (gradients + kept + late)
 
 
-def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes: int) -> int:
+def _adjacency_bytes(
+    layers: Sequence[LayerShape], way: WayCounts, element_bytes: int, *, num_strata: int
+) -> int:
     """The way's edges, and row blocks or edge lists of each operator in use."""
     sides = 1 if way.is_symmetric else 2
     rows = way.num_rows
@@ -266,6 +277,8 @@ def _adjacency_bytes(layers: Sequence[LayerShape], way: WayCounts, element_bytes
     ids = 8 * (2 * rows + way.in_mirrors)  # new and original ids of rows and mirrors
     total = plain + ids
     for operator in {layer.operator for layer in layers} - {"none"}:
+        if num_strata:  # strata of all rows, twice; shares of the strata in what a chunk reads
+            total += 8 * (rows + way.in_mirrors) + num_strata * element_bytes * rows
         loops = rows if operator in ("gcn", "edges_self", "edges_gcn") else 0
         edges = way.num_edges + loops
         if operator.startswith("edges"):

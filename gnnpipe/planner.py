@@ -117,6 +117,8 @@ class Planner:
             for stage in range(len(bounds) - 1)
             for number, kind in enumerate(KINDS[setting.schedule])
         }
+        for stage in range(len(bounds) - 1):
+            spent[stage, "F"] += self._enter_s(_of(bounds, stage), setting)
         loads = self._chunk_loads(setting)
         uneven = {key: self._uneven_s(_of(bounds, key[0]), key[1], setting) for key in spent}
         crossing = self._crossings(bounds, setting)
@@ -153,6 +155,26 @@ class Planner:
             held_up=cache(held_up),
             steps=steps,
         )
+
+    def _moves(self, setting: Setting) -> bool:
+        """Whether historical rows are read, and moved by their drift."""
+        return setting.num_chunks > 1 and self._storage.strata > 0
+
+    @property
+    def _sums_of_strata(self) -> int:
+        """Times that a chunk's strata are summed: when it arrives, goes back, is put back."""
+        is_put_back = self._storage.kept_copies > 0 or self._storage.period > 1
+        return 2 - self._storage.has_late_gradients + is_put_back
+
+    def _enter_s(self, layers: range, setting: Setting) -> float:
+        """What a stage does before a mean chunk, on the slowest way."""
+        has_tables = any(self._layers[index].operator != "none" for index in layers)
+        if not has_tables or not self._moves(setting):
+            return 0.0
+        rows, edges = self._chunk(setting)
+        loads = self._way(setting.num_ways).loads
+        line = self._profile.enter
+        return max(line.seconds(rows * more, edges * denser) for more, denser in loads)
 
     def _chunk_loads(self, setting: Setting) -> Sequence[tuple[float, float]]:
         """What each chunk has of rows and edges; without a pipeline only their sums count.
@@ -216,7 +238,10 @@ class Planner:
     def _halo_work_s(self, index: int, setting: Setting) -> float:
         """Work of a rank on the messages of one chunk in one layer and direction."""
         num_bytes = self._halo_bytes(index, setting)
-        return self._profile.message_s(2 * (setting.num_ways - 1), num_bytes) if num_bytes else 0.0
+        num_messages = 2 * (setting.num_ways - 1)
+        if self._moves(setting):  # Sums of drift and debt travel beside the rows.
+            num_messages *= 2
+        return self._profile.message_s(num_messages, num_bytes) if num_bytes else 0.0
 
     def _halo_s(self, index: int, kind: str, setting: Setting, *, share: float = 1.0) -> float:
         """How long one chunk waits for its halo in one layer.
@@ -309,6 +334,8 @@ class Planner:
             steps=steps,
             recalled=self._storage.kept_copies > 0,
             num_chunks=setting.num_chunks,
+            num_strata=min(self._graph.num_strata, self._storage.strata),
+            sums_of_strata=self._sums_of_strata,
         )
 
     def _memory_bytes(self, bounds: Sequence[int], rank: int, setting: Setting) -> MemoryBytes:
@@ -323,6 +350,7 @@ class Planner:
             is_symmetric=graph.is_symmetric,
             largest_chunk=-(-graph.num_nodes // (W * C)),
             is_closed=W * C == 1,
+            num_strata=graph.num_strata,
         )
         return predict_memory_bytes(
             [self._layers[i] for s in range(rank, S * v, S) for i in _of(bounds, s)],

@@ -18,6 +18,7 @@ from gnnpipe.models.layer import Layer
 from gnnpipe.planner import Planner
 from gnnpipe.profiling import measure
 from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, choose, settings
+from gnnpipe.strata import strata_among
 from gnnpipe.volume import MirrorCounts
 from partition import assign
 
@@ -76,8 +77,12 @@ def profile_of(
     )
     if cuts is None:
         cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
+    history = config.history
     return measure(
-        cuts, lambda: model_layers(short, graph), late_gradient=config.history.late_gradient
+        cuts,
+        lambda: model_layers(short, graph),
+        strata=history.strata,
+        late_gradient=history.late_gradient,
     )
 
 
@@ -92,6 +97,7 @@ def shape_of(graph: Graph) -> GraphShape:
         not graph.is_directed,
         lambda num_ways: _ways(graph, num_ways),
         lambda num_chunks: _chunk_loads(graph, num_chunks),
+        strata_among(np.bincount(graph.indices, minlength=1)),
     )
 
 

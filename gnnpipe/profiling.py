@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from gnnpipe.assembly import Plan, build_engine
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.comm import Comm, Groups
-from gnnpipe.costs import Line, Profile, role_of
+from gnnpipe.costs import ENTER, Line, Profile, role_of
 from gnnpipe.engine import Engine
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
@@ -30,6 +30,7 @@ def measure(
     graphs: Sequence[ChunkedGraph],
     layers: Callable[[], Sequence[Layer]],
     *,
+    strata: int = 0,
     late_gradient: float = 0.0,
 ) -> Profile:
     """Times a short model, layer by layer, over all chunks.
@@ -38,12 +39,13 @@ def measure(
         graphs: one graph cut into different numbers of chunks.
         layers: makes the model on the meta device: an input layer, at least one convolution,
             an output layer.
+        strata: most strata whose drift moves historical rows; 0 leaves them.
         late_gradient: factor on earlier epochs' gradients; above 0 they take their time.
     """
     samples: dict[str, list[Sample]] = defaultdict(list)
     step_s = 0.0
     for graph in graphs:
-        step_s = _run(graph, layers(), samples, late_gradient)
+        step_s = _run(graph, layers(), samples, strata, late_gradient)
     lines = {name: _fit(values) for name, values in samples.items()}
     return Profile(lines, step_s, f"measured here, {torch.get_num_threads()} thread(s)")
 
@@ -52,6 +54,7 @@ def _run(
     graph: ChunkedGraph,
     layers: Sequence[Layer],
     samples: dict[str, list[Sample]],
+    strata: int,
     late_gradient: float,
 ) -> float:
     """Adds the middle time of each (layer, chunk); returns the optimizer's per parameter."""
@@ -65,6 +68,7 @@ def _run(
         virtual_stages=count,
         period=1,
         cross_chunk_gradient=1.0,  # Another factor costs a pass over late gradients.
+        strata=strata,
         late_gradient=late_gradient,
         late_gradient_momentum=0.5,  # An average costs a little more than the last alone.
     )
@@ -109,12 +113,15 @@ def _train(
     for chunk in range(num_chunks):
         flow = Flow(engine.inputs.features[chunk], {})
         for index, stage in enumerate(stages):
+            enter_s = time.perf_counter()
+            stage.enter(chunk)
             start_s = time.perf_counter()
             flow = stage.forward(chunk, flow)
             if stage is stages[-1]:
                 gradients.append(_loss_gradient(engine, chunk, flow))
             if not is_split:
                 found[index, "F", chunk].append(time.perf_counter() - start_s)
+                found[index, ENTER, chunk].append(start_s - enter_s)
     for chunk in reversed(range(num_chunks)):
         flow = Flow(gradients.pop(), {})
         for index, stage in reversed(list(enumerate(stages))):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gnnpipe.cell import Cell, Exchange, Halves
+from gnnpipe.cell import WHOLE, Cell, Exchange, Halves
 from gnnpipe.history import Table
 from gnnpipe.kernels import RowBlock, prepare
 from gnnpipe.recall import LateGradients
@@ -34,6 +34,10 @@ class Halo(Protocol):
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Sums a few numbers over the ways, in place: the same bits on all of them."""
+        ...
+
+    def start_add_up(self, numbers: Tensor) -> Callable[[], None]:
+        """The same; returns at once with a function that waits for the sum."""
         ...
 
 
@@ -59,13 +63,23 @@ class Reader:
         cell: whose rows.
         halo: moves rows between ways.
         factor: multiplies gradients that cross chunks.
+        chunk: the cell's, or :data:`~gnnpipe.cell.WHOLE`, to which nothing is historical.
         kept: None where the forward will not be run again.
     """
 
     def __init__(
-        self, table: Table, cell: Cell, halo: Halo, *, factor: float, kept: Kept | None = None
+        self,
+        table: Table,
+        cell: Cell,
+        halo: Halo,
+        *,
+        factor: float,
+        chunk: int = WHOLE,
+        kept: Kept | None = None,
     ) -> None:
         self.table = table
+        self.chunk = chunk
+        self.compensation = None if chunk == WHOLE else table.compensation
         self.cell = cell
         self.halo = halo
         self.factor = factor
@@ -116,13 +130,21 @@ class Reader:
         if recall is not None and recall.is_taking and not self._is_kept:
             recall.take(self.cell.rows, x)
         self._is_kept = False
-        if is_same_memory(rows, x):
-            return self.halo.pull(self.table.values, self.cell.in_exchanges)
-        if self.table.drift is not None:
-            squares = (rows - x).square().sum(), x.square().sum()
-            self.table.drift += torch.stack(squares).cpu()
-        rows.copy_(x)
-        return self.halo.pull(self.table.values, self.cell.in_exchanges)
+        if not is_same_memory(rows, x):
+            if self.table.drift is not None:
+                squares = (rows - x).square().sum(), x.square().sum()
+                self.table.drift += torch.stack(squares).cpu()
+            rows.copy_(x)
+        wait = self.halo.pull(self.table.values, self.cell.in_exchanges)
+        if self.compensation is None:
+            return wait
+        count = self.compensation.arrive(self.chunk)
+
+        def arrived() -> None:
+            wait()
+            count()
+
+        return arrived
 
     def sum(self, wait: Callable[[], None], out: Tensor | None) -> Tensor:
         """The operator's rows times the table.
@@ -131,7 +153,24 @@ class Reader:
             wait: until the rows of other ways are there.
             out: where to write; None allocates.
         """
-        return self._forward(wait, out)
+        out = self._forward(wait, out)
+        if self.compensation is not None:
+            self.compensation.add(self.chunk, out)
+        return out
+
+    def owe(self, gradient: Tensor) -> Callable[[Tensor], None]:
+        """Takes the gradient of what compensated rows have been given.
+
+        Args:
+            gradient: of the cell's sums, or of the rows of its halo.
+
+        Returns:
+            Adds to the gradient of the cell's own rows what they are owed for it, and for what
+            later chunks have been given.
+        """
+        if self.compensation is None:
+            return _nothing_owed
+        return self.compensation.owe(self.chunk, gradient)
 
     def back(self, out: Tensor | None) -> Tensor:
         """The gradient of the cell's values; that of its sums lies in the table.
@@ -143,10 +182,12 @@ class Reader:
         wait = self.halo.pull(table.gradients, self.cell.out_exchanges)
         if late is not None:
             return self._back_late(wait, out, late)
+        pay = self.owe(table.gradients[self.cell.rows])
         # Co-processed cells of the other ways belong to this chunk: factor 1 for all of it.
         for gate in self._gates:
             gate.fill_(1.0)
         dx = self._backward(wait, out)
+        pay(dx)
         # From here on these rows are read by other chunks only.
         for gate in self._gates:
             gate.fill_(self.factor)
@@ -228,6 +269,10 @@ class _Aggregate(torch.autograd.Function):
         return reader.back(None), None
 
 
+def _nothing_owed(dx: Tensor) -> None:
+    """Where nothing is compensated."""
+
+
 def _overlapped(
     block: RowBlock | None, halves: Halves, table: Tensor, gate: Tensor | None = None
 ) -> _Sum:
@@ -274,6 +319,8 @@ class _Gather(torch.autograd.Function):
         halo = reader.kept.halo if reader.kept is not None else None
         if halo is None:
             halo = reader.table.values[reader.cell.edges.halo].to(x.dtype)
+            if reader.compensation is not None:
+                reader.compensation.add(reader.chunk, halo)
         if reader.kept is not None:
             reader.kept.halo = halo
         return torch.cat((x.detach(), halo))
@@ -285,8 +332,11 @@ class _Gather(torch.autograd.Function):
         edges, num_rows = cell.edges, cell.rows.stop - cell.rows.start
         assert edges is not None
         outside = grads[0][num_rows:]
+        pay = reader.owe(outside)
         # Rows of chunks that come later in the order were historical. They are done already
         # in the backward, so what is added to them here is never read.
         gradients[edges.halo] += torch.where(edges.is_fresh_halo, outside, outside * reader.factor)
         reader.halo.push(gradients, cell.in_exchanges)
-        return grads[0][:num_rows] + gradients[cell.rows], None
+        dx = grads[0][:num_rows] + gradients[cell.rows]
+        pay(dx)
+        return dx, None

@@ -20,6 +20,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes, storage_of
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
+from gnnpipe.strata import strata_among
 from gnnpipe.way import cell_bounds
 
 PROCESS_BYTES = 600_000_000
@@ -170,7 +171,9 @@ def _least_bytes(config: Config, graph: Graph, layers: Sequence[Layer]) -> list[
     W, C = config.parallel.num_ways, config.partition.num_chunks
     rows, edges = graph.num_nodes // W, graph.num_edges // W
     largest = -(-rows // C)
-    way = WayCounts(rows, 0, 0, edges, True, largest, W == C == 1)  # shared arrays: the least
+    strata = strata_among(np.bincount(graph.indices, minlength=1))
+    # Shared arrays: the least.
+    way = WayCounts(rows, 0, 0, edges, True, largest, W == C == 1, strata)
     return _rank_bytes(config, graph, layers, [way] * W, num_chunks=C)
 
 
@@ -234,6 +237,7 @@ def way_counts(chunked: ChunkedGraph, way: int, num_ways: int) -> WayCounts:
         is_symmetric=is_symmetric,
         largest_chunk=int((ends - starts).max()),
         is_closed=num_ways == 1 and chunked.num_chunks == 1,
+        num_strata=strata_among(np.diff(chunked.out_indptr)),
     )
 
 

@@ -271,6 +271,9 @@ class HistoryConfig:
     always ascending."""
     cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
+    strata: int = 16
+    """Most strata of nodes, by the magnitude of their degrees: historical rows are moved by the
+    mean drift of their stratum's fresh rows, and gradients flow through that; 0 has none."""
     late_gradient: float = 0.0
     """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
     late_gradient_momentum: float = 0.0
@@ -298,7 +301,7 @@ class HistoryConfig:
     def __post_init__(self) -> None:
         settle(self, "history")
         at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0, refresh_every=1)
-        at_least(self, "history", correct_every=1)
+        at_least(self, "history", correct_every=1, strata=0)
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
         rule = "must be between 0 (none) and 1 (undamped)"

@@ -54,6 +54,8 @@ class GraphShape(NamedTuple):
     ways: Callable[[int], WayShape]
     chunks: Callable[[int], Sequence[tuple[float, float]]] = alike
     """Rows and edges of each chunk, over the mean chunk's; a pipeline waits for the largest."""
+    num_strata: int = 16
+    """Orders of magnitude of its degrees."""
 
 
 class Prediction(NamedTuple):

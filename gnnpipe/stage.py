@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gnnpipe.by_hand import Buffers, ByHand, Shared
-from gnnpipe.cell import Cell, Cells
+from gnnpipe.cell import WHOLE, Cell, Cells
 from gnnpipe.counter import stream_key
 from gnnpipe.history import Table
 from gnnpipe.kernels import HalfProducts, SparseRows, dropout_rows
@@ -84,6 +84,8 @@ class Stage:
         self._later: dict[int, Later] = {}
         self._done: list[int] = []
         """Chunks whose backward this step has run."""
+        compensations = (t.compensation for t in self.tables if t.compensation is not None)
+        self._stale = list(dict.fromkeys(c.stale for c in compensations))
         is_half, is_captured = precision == "bf16", capture is not None
         shared = Shared(halo, seed, factor, is_half, Buffers(), is_captured)
         self._parts = _parts(layers, shared, capture)
@@ -114,6 +116,9 @@ class Stage:
             table.start_epoch(epoch, is_measured=is_measured)
         for local in self.layers:
             self._recall(local)
+        for table in self.tables:
+            if table.is_put_back:
+                table.recount()
         for stretch in self.stretches:
             stretch.start_epoch(epoch)
 
@@ -133,6 +138,8 @@ class Stage:
         """No gradient of the step before reaches the next; its rows are historical now."""
         for table in self.tables:
             table.start_step()
+        for stale in self._stale:
+            stale.start_step()
         for stretch in self.stretches:
             stretch.start_step()
 
@@ -168,8 +175,18 @@ class Stage:
         for table in self.tables:
             table.end_epoch(self._epoch)
 
+    def enter(self, chunk_index: int) -> None:
+        """Looks what a chunk that is to be computed next will read of historical rows."""
+        for stale in self._stale:
+            stale.enter(chunk_index)
+
     def forward(self, chunk_index: int, flow: Flow) -> Flow:
-        """Computes one chunk, or :data:`~gnnpipe.cell.WHOLE`, for a backward to come."""
+        """Computes one chunk, or :data:`~gnnpipe.cell.WHOLE`, for a backward to come.
+
+        Args:
+            chunk_index: the chunk that was entered last.
+            flow: its input.
+        """
         records: list[Record | Recipe] = []
         x, carried = flow.x, dict(flow.carried)
         for local in self._parts:
@@ -208,7 +225,7 @@ class Stage:
         entries = {name: Entry(value) for name, value in recipe.carried.items()}
         view = View(
             cell,
-            self._reader(local.table, cell, recipe.kept),
+            self._reader(local.table, cell, chunk_index, recipe.kept),
             {name: entries[name].rows(value) for name, value in recipe.carried.items()},
             key=(self._seed, self._epoch, local.layer_index),
             drops_table=layer.aggregates_input,
@@ -302,17 +319,19 @@ class Stage:
             with self._inference_table(local, into_tables) as table:
                 for moments in local.norms.values():
                     moments.warmed = [c.rows for c in local.cells.chunks] if into_tables else []
-                reader = self._reader(table, cell)
+                reader = self._reader(table, cell, WHOLE)
                 view = View(cell, reader, carried, key=None, norms=local.norms)
                 with AskingFor("evaluation", f"all rows of layer {local.layer_index}"):
                     x = local.layer(x, view)
             carried |= view.handed_on
         return Flow(x, carried)
 
-    def _reader(self, table: Table | None, cell: Cell, kept: Kept | None = None) -> Reader | None:
+    def _reader(
+        self, table: Table | None, cell: Cell, chunk: int, kept: Kept | None = None
+    ) -> Reader | None:
         if table is None:
             return None
-        return Reader(table, cell, self._halo, factor=self._factor, kept=kept)
+        return Reader(table, cell, self._halo, chunk=chunk, factor=self._factor, kept=kept)
 
     @contextmanager
     def _inference_table(self, local: LocalLayer, into_tables: bool) -> Iterator[Table | None]:

@@ -11,9 +11,11 @@ and M mirror rows over all ways::
                2 b M_in          sum over gathering layers of it
                b M_in            once more where kept rows are put back at an epoch's start
                16 (W - 1) C (4 H + 1)  for each norm of width H over all nodes: sums of a chunk
+               2 b (W - 1) C G  sum of the tables' widths, for drift and for debts of G strata
+               each, and where kept rows are put back; with one chunk none
     gradient   2 (W - 1) b  sum of parameters, as a ring moves them, for each optimizer step
 
-Depth does not enter the first two, the number of chunks only norms over all nodes.
+Depth does not enter the first two, the number of chunks only norms over all nodes and strata.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,6 +57,8 @@ def predict_comm_bytes(
     steps: int = 1,
     recalled: bool = False,
     num_chunks: int = 1,
+    num_strata: int = 0,
+    sums_of_strata: int = 2,
 ) -> dict[str, int]:
     """Bytes of one epoch over all ranks, by kind.
 
@@ -70,6 +74,9 @@ def predict_comm_bytes(
             backward.
         recalled: whether histories are kept apart from the tables.
         num_chunks: chunks.
+        num_strata: whose mean drift moves historical rows; 0 where they are left as they are.
+        sums_of_strata: how often the strata of a chunk are summed over the ways: 2, or 1 where
+            nothing is owed to them; 1 more where tables start an epoch with kept rows.
     """
     cuts = crossings(layers, bounds=bounds, num_stages=num_stages)
     tables = [layer for layer in layers if layer.operator != "none"]
@@ -88,6 +95,9 @@ def predict_comm_bytes(
     # Rows, sums and squares forward, two gradients backward; float64 whatever the model.
     sums = sum(4 * layer.norm_channels + 1 for layer in layers if layer.norm_channels)
     found["halo"] += 2 * (num_ways - 1) * num_chunks * SUM_BYTES * sums
+    if num_chunks > 1:
+        numbers = sums_of_strata * num_strata * sum(layer.table_channels for layer in tables)
+        found["halo"] += 2 * (num_ways - 1) * num_chunks * element_bytes * numbers
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gnnpipe.compensation import PRIOR
 from gnnpipe.full_graph import FullGraph, FullGraphView
 from gnnpipe.graph import Graph
 
@@ -35,6 +36,8 @@ class Epoch(NamedTuple):
     stream: tuple[int, int] | None
     """Seed and epoch of the dropout masks; None is no dropout."""
     dropout: float
+    strata: Sequence[int] | None = None
+    """Stratum of each node; None leaves historical rows as they are."""
 
 
 class ByHand:
@@ -148,7 +151,37 @@ def mixed(value: Tensor, history: Tensor | None, epoch: Epoch) -> Tensor:
     crossing = value + (epoch.factor - 1.0) * (value - value.detach())
     stale = torch.zeros_like(value) if history is None else history.detach()
     fresh = torch.where(is_own, value.unsqueeze(0), crossing.unsqueeze(0))
-    return torch.where(is_own | is_earlier, fresh, stale.unsqueeze(0))
+    read = torch.where(is_own | is_earlier, fresh, stale.unsqueeze(0))
+    if epoch.strata is None:
+        return read
+    drift = torch.where(is_own, value, crossing) - stale  # [target, source, F]
+    return torch.where(is_own | is_earlier, read, read + moved(drift, place, epoch.strata))
+
+
+def moved(drift: Tensor, place: Tensor, strata: Sequence[int]) -> Tensor:
+    """What each target adds to each source if it is historical, ``[target, source, F]``.
+
+    Args:
+        drift: from historical to fresh, as the target sees its gradient, ``[target, source, F]``.
+        place: position of each node's chunk, ``[N]``.
+        strata: of each node.
+    """
+    stratum = torch.as_tensor(strata)
+    result = torch.zeros_like(drift)
+    for target in range(len(strata)):
+        done = place <= place[target]
+        mean = drift[target, done].mean(0)
+        for index in sorted(set(strata)):
+            own = done & (stratum == index)
+            total = drift[target, own].sum(0) + PRIOR * mean
+            result[target, stratum == index] = total / (own.sum() + PRIOR)
+    return result
+
+
+def strata_of(graph: Graph, limit: int = 16) -> list[int]:
+    """Stratum of each node: how often its number of readers can be halved."""
+    readers = np.bincount(graph.indices, minlength=graph.num_nodes)
+    return [min(max(int(n), 1).bit_length() - 1, limit - 1) for n in readers]
 
 
 def exact(chunk_id: Sequence[int]) -> Epoch:

@@ -66,6 +66,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "max_drift": None,
             "refresh_every": None,
             "correct_every": None,
+            "strata": 16,
             "late_gradient": 0.0,
             "late_gradient_momentum": 0.0,
             "history_dtype": None,

@@ -27,6 +27,9 @@ class Alone:
     def add_up(self, numbers: Tensor) -> Tensor:
         return numbers
 
+    def start_add_up(self, numbers: Tensor) -> Callable[[], None]:
+        return lambda: None
+
 
 class Way:
     """One way's cells and table."""

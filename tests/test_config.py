@@ -54,7 +54,7 @@ def test_file_wins_over_preset_and_override_over_file(tmp_path: Path) -> None:
 
 def test_preset_is_the_published_method() -> None:
     config = load_config(None, ["preset=gnnpipe-paper"])
-    published = HistoryConfig(23, "zeros", "shuffled", 2.0, refresh_every=None)
+    published = HistoryConfig(23, "zeros", "shuffled", 2.0, strata=0, refresh_every=None)
     assert config.history == published
     assert (config.partition.num_chunks, config.partition.method) == (32, "metis-grouped")
     assert (config.model.num_layers, config.model.hidden_channels) == (32, 100)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from by_hand import strata_of
 from combinations import (
     COMMON,
     Result,
@@ -23,6 +24,7 @@ from combinations import (
 from process_pool import ProcessPool
 
 from gnnpipe import chunk
+from gnnpipe.datasets import load_graph
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -265,7 +267,7 @@ BYTES = [
 def expected_bytes(
     graphs: Path, case: tuple[str, str, int, int, int, int], num_parameters: int
 ) -> dict[str, int]:
-    """The closed formulas, with N nodes, H channels, L convolutions and mirrors M."""
+    """The closed formulas, with N nodes, H channels, L convolutions, G strata and mirrors M."""
     model, graph, stages, virtual, ways, b = case
     N, H, L = NUM_NODES, 8, 6
     mirrors_in, mirrors_out = count_mirrors(graphs / f"{graph}-4", ways)
@@ -274,10 +276,12 @@ def expected_bytes(
     # Gradients cross every cut, h0 itself goes to every rank once.
     carried = (num_cuts + stages - 1) * N * H * b if stages > 1 else 0
     mirrors = 2 * mirrors_in if model == "gat" else mirrors_in + mirrors_out
+    G = 1 + max(strata_of(load_graph(str(graphs / f"{graph}.npz"))))
+    strata = 4 * (ways - 1) * 4 * G  # rows of drift and of debts, of each chunk
     return {
         "boundary": boundary,
         "carried": carried if model == "gcnii" else 0,
-        "halo": L * mirrors * H * b,
+        "halo": L * (mirrors + strata) * H * b,
         "gradient": 2 * (ways - 1) * num_parameters * b,
     }
 

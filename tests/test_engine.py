@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from by_hand import strata_of
 from drawn import cut, graph_of, woven
 from one_process import (
     MODELS,
@@ -264,10 +265,14 @@ def table_bytes_of(run: PipelineRun) -> list[int]:
 def test_tables_hold_values_gradients_and_one_snapshot() -> None:
     graph = woven()
     one = 24 * 8 * 8  # nodes x channels x bytes
-    assert table_bytes_of(pipeline(graph, settings(), striped(graph, 3))) == [2 * one] * 3
-    frozen = pipeline(graph, settings(period=3), striped(graph, 3))
+    assert table_bytes_of(pipeline(graph, settings(strata=0), striped(graph, 3))) == [2 * one] * 3
+    frozen = pipeline(graph, settings(period=3, strata=0), striped(graph, 3))
     assert table_bytes_of(frozen) == [3 * one] * 3
     assert frozen.table_bytes == 9 * one
+    moved = pipeline(graph, settings(), striped(graph, 3))
+    # Sums of three chunks, drift, debts, and what a chunk adds, of each stratum.
+    sums = (3 + 3) * (1 + max(strata_of(graph))) * 8 * 8
+    assert table_bytes_of(moved) == [2 * one + sums] * 3
 
 
 # --- staleness

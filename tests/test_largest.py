@@ -86,7 +86,8 @@ def test_a_historical_winner_keeps_the_gradient_and_a_fresh_one_gets_it_times_th
     features = np.array([[1.0, 2.0], [3.0, 1.0]], np.float32)
     masks = {name: np.array([False, True]) for name in ("train_mask", "val_mask", "test_mask")}
     graph = graph_of(2, [(0, 1)], features=features, **masks)
-    changes: dict[str, Any] = {"num_layers": 1, "cross_chunk_gradient": factor, "dropout": 0.0}
+    changes: dict[str, Any] = {"num_layers": 1, "cross_chunk_gradient": factor, "strata": 0}
+    changes["dropout"] = 0.0
     found = {}
     for name, orders in {"fresh": [0, 1], "historical": [1, 0]}.items():
         run = pipeline(graph, settings("sage", aggregator="max", **changes), [0, 1])

@@ -7,6 +7,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
+from by_hand import strata_of
 from drawn import woven
 from one_process import layers_of, pipeline, settings, striped
 from torch import Tensor
@@ -51,10 +52,15 @@ def predicted(run: PipelineRun, *, period: int = 1, storage: Storage = PLAIN) ->
         [local.layer for local in layers_of(run)],
         is_first=True,
         num_cuts=0,
-        way=WayCounts(*sizes, is_symmetric=True, largest_chunk=NUM_NODES // NUM_CHUNKS),
+        way=WayCounts(
+            *sizes,
+            is_symmetric=True,
+            largest_chunk=NUM_NODES // NUM_CHUNKS,
+            num_strata=1 + max(strata_of(woven(NUM_NODES))),
+        ),
         features=FeatureCounts(5, None),
         num_chunks=NUM_CHUNKS,
-        storage=storage._replace(period=period),
+        storage=storage._replace(period=period, strata=16),
     )
 
 

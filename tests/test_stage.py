@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import ByHand, Epoch
+from by_hand import ByHand, Epoch, strata_of
 from drawn import cut, graph_of, woven
 from one_process import (
     gradients_of,
@@ -63,9 +63,10 @@ def check_step(
     generator = torch.Generator().manual_seed(1)
     for table in tables_of(run).values():
         table.values.normal_(generator=generator)
+        table.recount()
     order = torch.randperm(max(chunk_id) + 1, generator=generator).tolist()
     stream = (config.seed, 5) if dropout else None
-    epoch = Epoch(chunk_id, order, factor, stream, dropout)
+    epoch = Epoch(chunk_id, order, factor, stream, dropout, strata_of(graph))
     loss, gradients = step_by_hand(run, graph, name, epoch)
     assert run.engine.train_step(5, order) == pytest.approx(loss, abs=1e-12)
     found = gradients_of(run)
@@ -201,6 +202,7 @@ def test_an_epoch_must_not_end_before_its_backwards() -> None:
     run = pipeline(graph, settings(), striped(graph, 2))
     (stage,) = run.engine.stages.values()
     stage.start_epoch(1)
+    stage.enter(0)
     stage.forward(0, Flow(torch.ones(12, 5, dtype=torch.float64), {}))
     with pytest.raises(AssertionError, match="chunks without a backward"):
         stage.end_epoch()

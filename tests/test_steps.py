@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import ByHand, Epoch, exact
+from by_hand import ByHand, Epoch, exact, strata_of
 from combinations import both_ways, differing, largest_difference, save_partition, train_all
 from combinations import write_npz as write_graph
 from drawn import graph_of, woven
@@ -51,6 +51,7 @@ def by_steps(graph: Graph, config: Config, weights: Weights, chunk_id: Sequence[
                 config.history.cross_chunk_gradient,
                 (config.seed, epoch),
                 config.model.dropout,
+                strata_of(graph),
             )
             rows = torch.from_numpy(np.isin(chunk_id, group))
             logits = hand.logits(weights, before, own)
@@ -197,6 +198,8 @@ def check_bytes(
     assert in_steps["gradient"] == 3 * whole["gradient"] > 0
     for kind in ("boundary", "carried", "halo"):
         assert in_steps[kind] == whole[kind] > 0
-    # Mirrors of fresh rows and of gradients; the graph is undirected, so they are as many.
-    assert in_steps["halo"] == plain["halo"] * 3 // 2
+    # Mirrors of fresh rows and of gradients; the graph is undirected, so they are as many. Every
+    # node has four readers: drift of 3 strata in 8 chunks of 6 tables, to the other way and back.
+    drift = 2 * 8 * 3 * 6 * 8 * 8
+    assert in_steps["halo"] == (plain["halo"] - drift) * 3 // 2 + 2 * drift
     assert in_steps["boundary"] == plain["boundary"]

@@ -13,6 +13,7 @@ from gnnpipe.assembly import stage_bounds
 from gnnpipe.chunk import ChunkedGraph
 from gnnpipe.config import load_config
 from gnnpipe.configured import model_layers
+from gnnpipe.strata import strata_among
 from gnnpipe.volume import MirrorCounts, predict_comm_bytes
 from gnnpipe.way import way_graph
 from partition import Assignment, quality
@@ -57,6 +58,7 @@ def predicted(overrides: list[str]) -> dict[str, int]:
         mirrors=mirrors_of(chunked, ways),
         element_bytes=8 if config.model.dtype == "float64" else 4,
         num_chunks=chunked.num_chunks,
+        num_strata=min(config.history.strata, strata_among(np.diff(chunked.out_indptr))),
     )
 
 

@@ -9,6 +9,14 @@ from gnnpipe.kernels.largest import largest
 from gnnpipe.kernels.product import HalfProducts, half_products_gain, multiply
 from gnnpipe.kernels.rectify import keep_where, rectify, relu
 from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear, prepare
+from gnnpipe.kernels.strata import (
+    indicator,
+    prepare_collect,
+    prepare_move,
+    prepare_pay,
+    prepare_sum,
+    stale_shares,
+)
 
 __all__ = [
     "EdgeDrop",
@@ -23,11 +31,17 @@ __all__ = [
     "dropout_rows",
     "dropped_rows",
     "half_products_gain",
+    "indicator",
     "keep_where",
     "largest",
     "linear",
     "multiply",
     "prepare",
+    "prepare_collect",
+    "prepare_move",
+    "prepare_pay",
+    "prepare_sum",
     "rectify",
     "relu",
+    "stale_shares",
 ]
