@@ -85,7 +85,7 @@ class Layerwise:
         self._chunk_id = torch.as_tensor(np.asarray(chunk_id), dtype=torch.int64)
         self._num_chunks = int(self._chunk_id.max()) + 1
         readers = torch.bincount(torch.as_tensor(graph.indices), minlength=graph.num_nodes)
-        self._stratum = stratum_of(readers, config.history.strata)
+        self._stratum = stratum_of(readers, config.num_strata)
         self.run = whole_run(config, graph)
         self.tables: dict[int, Memory] = {}
         self._splits: dict[str, _Split] = {}
@@ -137,7 +137,7 @@ class Layerwise:
         blocks = {operator: cell for operator, cell in parts.items() if cell.edges is None}
         factor = self.config.history.cross_chunk_gradient
         self._splits = {operator: split(cell, place, factor) for operator, cell in blocks.items()}
-        if self.config.history.strata and int(place.max()) > 0:
+        if self.config.num_strata and int(place.max()) > 0:
             like = next(iter(self.tables.values())).history.new_empty(0)
             for operator, cell in blocks.items():
                 own, rows = self._splits[operator], (place, self._stratum)

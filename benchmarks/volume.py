@@ -271,7 +271,7 @@ def _predict(config: Config, chunked: ChunkedGraph, mirrors: MirrorCounts) -> di
         mirrors=mirrors,
         element_bytes=4,
         num_chunks=chunked.num_chunks,
-        num_strata=min(config.history.strata, strata_among(np.diff(chunked.out_indptr))),
+        num_strata=min(config.num_strata, strata_among(np.diff(chunked.out_indptr))),
     )
 
 

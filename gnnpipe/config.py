@@ -95,6 +95,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 }
 
 
+STRATA = 16
+"""Orders of magnitude of a degree that are told apart: the last is that of hubs above 32,767."""
+
 NO_NUMBA = "must be auto, torch or triton on a GPU, which runs no numba kernels here; take auto"
 NO_TRITON = "must be auto, numba or torch on a CPU, for which Triton makes no code; take auto"
 NO_GRAPHS = "must be false on a CPU, which needs nothing launched; leave it out"
@@ -152,6 +155,13 @@ class Config:
     def world_size(self) -> int:
         """Number of processes."""
         return self.parallel.num_stages * self.parallel.num_ways
+
+    @property
+    def num_strata(self) -> int:
+        """Most strata whose drift moves historical rows."""
+        if self.history.strata is not None:
+            return self.history.strata
+        return STRATA if self.training.steps_per_epoch == 1 else 0
 
     def check_device(self, kind: str) -> None:
         """Checks what only some kinds of device can do.

@@ -119,7 +119,7 @@ def storage_of(config: Config) -> Storage:
     own = Storage(element_bytes, history.period, config.memory.mode, is_half)
     return own._replace(
         kept_copies=kept,
-        strata=history.strata,
+        strata=config.num_strata,
         has_late_gradients=history.late_gradient > 0,
         is_split=config.parallel.schedule == "split_backward",
         is_corrected=history.correct_every is not None,

@@ -77,12 +77,11 @@ def profile_of(
     )
     if cuts is None:
         cuts = [_cut(graph, config, min(count, graph.num_nodes)) for count in PROFILE_CHUNKS]
-    history = config.history
     return measure(
         cuts,
         lambda: model_layers(short, graph),
-        strata=history.strata,
-        late_gradient=history.late_gradient,
+        strata=config.num_strata,
+        late_gradient=config.history.late_gradient,
     )
 
 

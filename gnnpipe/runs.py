@@ -193,7 +193,7 @@ class PipelineRun:
                 config.history.momentum,
                 config.history.predict == "linear",
             ),
-            strata=config.history.strata,
+            strata=config.num_strata,
             late_gradient=config.history.late_gradient,
             late_gradient_momentum=config.history.late_gradient_momentum,
             memory=config.memory.mode,

@@ -271,9 +271,10 @@ class HistoryConfig:
     always ascending."""
     cross_chunk_gradient: float = 1.0
     """Factor on gradients along fresh edges between chunks; 1 is plain autograd."""
-    strata: int = 16
+    strata: int | None = None
     """Most strata of nodes, by the magnitude of their degrees: historical rows are moved by the
-    mean drift of their stratum's fresh rows, and gradients flow through that; 0 has none."""
+    mean drift of their stratum's fresh rows, and gradients flow through that; 0 leaves them. null
+    is 16, and 0 with several optimizer steps an epoch, which leave rows of all ages."""
     late_gradient: float = 0.0
     """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
     late_gradient_momentum: float = 0.0

@@ -70,6 +70,20 @@ def test_preset_of_many_steps_makes_one_over_each_mixed_chunk() -> None:
     assert config.model == Config().model  # Of any model.
 
 
+def test_strata_are_sixteen_unless_an_epoch_has_several_steps() -> None:
+    steps = "training.steps_per_epoch=2"
+    cases: list[tuple[list[str], int]] = [
+        ([], 16),
+        (["history.strata=3"], 3),
+        ([steps], 0),
+        ([steps, "history.strata=3"], 3),
+        (["preset=many-steps"], 0),
+        (["preset=gnnpipe-paper"], 0),
+    ]
+    for overrides, num_strata in cases:
+        assert load_config(None, overrides).num_strata == num_strata, overrides
+
+
 def test_last_override_of_a_key_counts() -> None:
     assert load_config(None, ["seed=1", "seed=2"]).seed == 2
 

@@ -138,6 +138,7 @@ def test_steps_are_bit_equal_for_any_number_of_virtual_stages(name: str) -> None
 
 EXTRAS = ["training.steps_per_epoch=3", "training.clip_norm=0.1", "training.optimizer=sgd"]
 KEPT = [
+    "history.strata=16",
     "history.dropout=false",
     "history.momentum=0.1",
     "history.predict=linear",

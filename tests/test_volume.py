@@ -58,7 +58,7 @@ def predicted(overrides: list[str]) -> dict[str, int]:
         mirrors=mirrors_of(chunked, ways),
         element_bytes=8 if config.model.dtype == "float64" else 4,
         num_chunks=chunked.num_chunks,
-        num_strata=min(config.history.strata, strata_among(np.diff(chunked.out_indptr))),
+        num_strata=min(config.num_strata, strata_among(np.diff(chunked.out_indptr))),
     )
 
 
