@@ -7,7 +7,7 @@ Three ways to train one GCNII with the same hyperparameters and the same initial
 
 - ``exact``: full-graph training, this project with one chunk: one optimizer step per epoch.
 - ``steps k of C``: the pipeline's ``training.steps_per_epoch: k`` on C chunks (metis-grouped);
-  ``steps k of C by P``: with ``partition.parts_per_chunk: P``. ``steps 16 of 16 by 16, averaged``
+  ``steps k of C by P``: with ``partition.parts_per_chunk: P``. ``steps 32 of 32 by 16, averaged``
   is ``preset: many-steps``.
 - ``cluster k of C``: mini-batches as Cluster-GCN makes them, of the same chunks: every epoch k
   random unions of C / k chunks, each a graph of its own with its own degrees; plain
@@ -64,6 +64,7 @@ METHODS = (
     "steps 16 of 16, averaged",
     "steps 16 of 16 by 16",
     "steps 16 of 16 by 16, averaged",
+    "steps 32 of 32 by 16, averaged",
     "cluster 8 of 32",
     "cluster 8 of 32, averaged",
 )

@@ -75,8 +75,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
         "training": {"lr": 1e-3, "weight_decay": 0.0},
     },
     "many-steps": {
-        "partition": {"num_chunks": 16, "method": "metis-grouped", "parts_per_chunk": 16},
-        "training": {"steps_per_epoch": 16, "ema_decay": 0.9},
+        "partition": {"num_chunks": 32, "method": "metis-grouped", "parts_per_chunk": 16},
+        "training": {"steps_per_epoch": 32, "ema_decay": 0.9},
         "history": {"refresh_every": None},
     },
     "gnnpipe-paper": {
@@ -113,7 +113,7 @@ class Config:
 
     preset: PresetName | None = None
     """A named set of values below the file's: gnnpipe-paper is the published method, many-steps
-    needs few epochs (sixteen optimizer steps in each), the others are deep models."""
+    needs few epochs (32 optimizer steps in each), the others are deep models."""
     seed: int = 0
     """Seed of weights, chunk orders and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

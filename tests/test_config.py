@@ -63,9 +63,9 @@ def test_preset_is_the_published_method() -> None:
 
 
 def test_preset_of_many_steps_makes_one_over_each_mixed_chunk() -> None:
-    config = load_config(None, ["preset=many-steps", "partition.num_chunks=20"])
+    config = load_config(None, ["preset=many-steps", "partition.num_chunks=40"])
     assert (config.partition.method, config.partition.parts_per_chunk) == ("metis-grouped", 16)
-    assert (config.training.steps_per_epoch, config.training.ema_decay) == (16, 0.9)
+    assert (config.training.steps_per_epoch, config.training.ema_decay) == (32, 0.9)
     assert config.history.refresh_every is None  # Averaged weights need a forward of their own.
     assert config.model == Config().model  # Of any model.
 
