@@ -103,7 +103,7 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
     ("amazon_computers", "gcnii"): {
         "training": {"epochs": 160, "weight_decay": 0.0, "clip_norm": 1.0},
-        "model": {"dropout": 0.2, "alpha": 0.3, "theta": 1.0, "norm": "layer"},
+        "model": {"dropout": 0.2, "alpha": 0.3, "norm": "layer"},
     },
     ("amazon_computers", "resgcn+"): {
         "training": {"epochs": 240, "lr": 5e-3},
@@ -119,6 +119,7 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
         "training": {"epochs": 40, "lr": 5e-3},
         "model": {"dropout": 0.2},
     },
+    ("cora", "gcn"): {"training": {"epochs": 500, "lr": 2e-3}},
     ("cora", "sage+norm"): {
         "training": {"epochs": 400, "lr": 2e-3, "weight_decay": 1e-3},
         "model": {"dropout": 0.3},
