@@ -28,6 +28,7 @@ from gnnpipe.kernels import EdgeOrder, RowBlock, aggregate
 from gnnpipe.kernels.dropout import dropout_rows
 from gnnpipe.order import chunk_order
 from gnnpipe.runs import PipelineRun
+from gnnpipe.strata import stratum_of
 from gnnpipe.world import World
 
 
@@ -84,8 +85,8 @@ class Layerwise:
         self.config, self.idea = config, idea or idea_of(config)
         self._chunk_id = torch.as_tensor(np.asarray(chunk_id), dtype=torch.int64)
         self._num_chunks = int(self._chunk_id.max()) + 1
-        readers = torch.bincount(torch.as_tensor(graph.indices), minlength=graph.num_nodes)
-        self._stratum = stratum_of(readers, config.num_strata)
+        readers = np.bincount(graph.indices, minlength=graph.num_nodes)
+        self._stratum = torch.from_numpy(stratum_of(readers, max(config.num_strata, 1)))
         self.run = whole_run(config, graph)
         self.tables: dict[int, Memory] = {}
         self._splits: dict[str, _Split] = {}
@@ -401,12 +402,6 @@ class _Drift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.moved.backward(grads[0]), None, None
-
-
-def stratum_of(readers: Tensor, limit: int) -> Tensor:
-    """Order of magnitude of a number of readers, below ``limit``."""
-    exponent = torch.frexp(readers.clamp(min=1).double()).exponent.long()
-    return (exponent - 1).clamp(max=max(limit, 1) - 1)
 
 
 def split(cell: Any, place: Tensor, factor: float) -> _Split:

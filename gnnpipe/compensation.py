@@ -177,7 +177,7 @@ class Compensation:
             Adds to the gradient of the chunk's own rows what they are owed.
         """
         if not self.has_gradient:
-            return _nothing
+            return nothing_owed
         calls = self._on(chunk)
         calls.collect(gradient)
         wait = self._start_sum(self._part)
@@ -215,5 +215,5 @@ class _OnChunk(NamedTuple):
     pay: Callable[[Tensor], object]
 
 
-def _nothing(dx: Tensor) -> None:
-    """Nothing is owed."""
+def nothing_owed(dx: Tensor) -> None:
+    """Pays where nothing is compensated, or without gradient."""

@@ -18,7 +18,7 @@ from gnnpipe.models.layer import Layer
 from gnnpipe.planner import Planner
 from gnnpipe.profiling import measure
 from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, choose, settings
-from gnnpipe.strata import strata_among
+from gnnpipe.strata import strata_in
 from gnnpipe.volume import MirrorCounts
 from partition import assign
 
@@ -96,7 +96,7 @@ def shape_of(graph: Graph) -> GraphShape:
         not graph.is_directed,
         lambda num_ways: _ways(graph, num_ways),
         lambda num_chunks: _chunk_loads(graph, num_chunks),
-        strata_among(np.bincount(graph.indices, minlength=1)),
+        strata_in(graph),
     )
 
 

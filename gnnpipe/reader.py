@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gnnpipe.cell import WHOLE, Cell, Exchange, Halves
+from gnnpipe.compensation import nothing_owed
 from gnnpipe.history import Table
 from gnnpipe.kernels import RowBlock, prepare
 from gnnpipe.recall import LateGradients
@@ -169,7 +170,7 @@ class Reader:
             later chunks have been given.
         """
         if self.compensation is None:
-            return _nothing_owed
+            return nothing_owed
         return self.compensation.owe(self.chunk, gradient)
 
     def back(self, out: Tensor | None) -> Tensor:
@@ -267,10 +268,6 @@ class _Aggregate(torch.autograd.Function):
         reader: Reader = ctx.reader
         reader.table.gradients[reader.cell.rows] = grads[0]
         return reader.back(None), None
-
-
-def _nothing_owed(dx: Tensor) -> None:
-    """Where nothing is compensated."""
 
 
 def _overlapped(

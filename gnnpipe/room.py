@@ -20,7 +20,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.memory import FeatureCounts, MemoryBytes, WayCounts, predict_memory_bytes, storage_of
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
-from gnnpipe.strata import strata_among
+from gnnpipe.strata import strata_among, strata_in
 from gnnpipe.way import cell_bounds
 
 PROCESS_BYTES = 600_000_000
@@ -171,9 +171,8 @@ def _least_bytes(config: Config, graph: Graph, layers: Sequence[Layer]) -> list[
     W, C = config.parallel.num_ways, config.partition.num_chunks
     rows, edges = graph.num_nodes // W, graph.num_edges // W
     largest = -(-rows // C)
-    strata = strata_among(np.bincount(graph.indices, minlength=1))
     # Shared arrays: the least.
-    way = WayCounts(rows, 0, 0, edges, True, largest, W == C == 1, strata)
+    way = WayCounts(rows, 0, 0, edges, True, largest, W == C == 1, strata_in(graph))
     return _rank_bytes(config, graph, layers, [way] * W, num_chunks=C)
 
 

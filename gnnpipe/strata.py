@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gnnpipe.chunk import ChunkedGraph
+from gnnpipe.graph import Graph
 from gnnpipe.way import WayGraph
 
 Array = np.ndarray[Any, Any]
@@ -41,13 +42,23 @@ def strata_of(chunked: ChunkedGraph, graph: WayGraph, *, limit: int, like: Tenso
     counts = strata_counts(chunked, limit=limit)
     row_id = np.concatenate((graph.row_id, graph.in_mirrors.row_id))
     pointers = chunked.out_indptr
-    stratum = _stratum(pointers[row_id + 1] - pointers[row_id], limit).astype(np.int32)
+    stratum = stratum_of(pointers[row_id + 1] - pointers[row_id], limit).astype(np.int32)
     return Strata(torch.from_numpy(stratum).to(like.device), torch.from_numpy(counts).to(like))
+
+
+def strata_in(graph: Graph) -> int:
+    """Strata of a graph that is not cut, if there is no limit.
+
+    Edges are read in directed graphs only: in others a node has as many readers as sources.
+    """
+    if graph.is_directed:
+        return strata_among(np.bincount(graph.indices))
+    return strata_among(np.diff(graph.indptr))
 
 
 def strata_among(readers: Array) -> int:
     """Strata of nodes with so many readers each, if there is no limit."""
-    return int(_stratum(readers.max(initial=1), np.iinfo(np.int64).max)) + 1
+    return int(stratum_of(readers.max(initial=1), np.iinfo(np.int64).max)) + 1
 
 
 def strata_counts(chunked: ChunkedGraph, *, limit: int) -> Array:
@@ -58,12 +69,12 @@ def strata_counts(chunked: ChunkedGraph, *, limit: int) -> Array:
         for low in range(int(start), int(end), BLOCK_ROWS):
             high = min(low + BLOCK_ROWS, int(end))
             degrees = np.diff(chunked.out_indptr[low : high + 1])
-            counts[chunk] += np.bincount(_stratum(degrees, limit), minlength=limit)
+            counts[chunk] += np.bincount(stratum_of(degrees, limit), minlength=limit)
     used = int(np.flatnonzero(counts.sum(axis=0)).max()) + 1
     return counts[:, :used]
 
 
-def _stratum(degrees: Array, limit: int) -> Array:
+def stratum_of(degrees: Array, limit: int) -> Array:
     """Stratum of each degree, int64."""
     _, exponent = np.frexp(np.maximum(degrees, 1))  # degree = m 2^exponent with 1/2 <= m < 1
     return np.minimum(exponent.astype(np.int64) - 1, limit - 1)
