@@ -27,6 +27,19 @@ settings.register_profile("any machine", deadline=None)  # A busy one is no reas
 settings.load_profile("any machine")
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """numba on two threads."""
+    import numba  # After the settings above.
+
+    before = numba.get_num_threads()
+    if numba.config.NUMBA_NUM_THREADS < 2:  # type: ignore[attr-defined]
+        pytest.skip("numba was started with one thread; set NUMBA_NUM_THREADS=2")
+    numba.set_num_threads(2)
+    yield
+    numba.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """A function from a name (``cora.npz``, ``raw/planetoid``) to its path; skips when absent.

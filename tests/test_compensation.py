@@ -1,10 +1,8 @@
 """Historical rows that move along with fresh ones: what is read, and where gradients go."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import drawn
-import numba
 import pytest
 import torch
 from by_hand import ByHand, Epoch, exact, strata_of
@@ -20,6 +18,7 @@ from gnnpipe.kernels import RowBlock, cpu, stale_shares
 from gnnpipe.kernels.strata import prepare_collect, prepare_move, prepare_pay, prepare_sum
 from gnnpipe.order import chunk_order
 from gnnpipe.runs import PipelineRun
+from gnnpipe.strata import strata_in
 from gnnpipe.strata import strata_of as strata_of_way
 from gnnpipe.way import way_graph
 
@@ -140,6 +139,9 @@ def test_strata_are_orders_of_magnitude_of_out_degrees() -> None:
     assert strata(chunked, 2) == ([0, 0, 1, 1, 1, 0, 0, 0], [[2, 2], [3, 1]])
     assert strata(chunked, 1) == ([0] * 8, [[4], [4]])
     assert strata_of(graph) == [0, 0, 1, 1, 2, 0, 0, 0]
+    assert strata_in(graph) == 3
+    assert not woven().is_directed
+    assert strata_in(woven()) == 1 + max(strata_of(woven()))
 
 
 # --- kernels
@@ -183,16 +185,6 @@ def test_kernels_do_what_plain_torch_does(
     drift = arrays["drift"] + arrays["fresh"] - arrays["known"]
     moved = arrays["rows"] + 2 * arrays["shares"] @ arrays["means"] @ drift
     torch.testing.assert_close(found[2], moved, rtol=1e-5, atol=1e-4)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = numba.get_num_threads()
-    if numba.config.NUMBA_NUM_THREADS < 2:  # type: ignore[attr-defined]
-        pytest.skip("numba was started with one thread; set NUMBA_NUM_THREADS=2")
-    numba.set_num_threads(2)
-    yield
-    numba.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")

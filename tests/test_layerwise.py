@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "late, averaged": {"late_gradient": 1.0, "late_gradient_momentum": 0.6},
     "refreshed": {"refresh_every": 3},
     "corrected": {"correct_every": 2, "refresh_every": 3},
+    "refreshed, unmoved": {"refresh_every": 3, "strata": 0},
+    "corrected, unmoved": {"correct_every": 2, "refresh_every": 3, "strata": 0},
     "renewed": {"max_drift": 0.0, "late_gradient": 1.0, "keeps_dropout": False},
 }
 
@@ -34,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
         ("late", "gcn"),
         ("clean", "resgcn+"),
         ("unmoved", "gat"),
+        *((f"{case}, unmoved", "transformer") for case in ("refreshed", "corrected")),
         ("published", "transformer"),
         *((case, "deepergcn") for case in ("unmoved", "published")),
     ],

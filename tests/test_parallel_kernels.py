@@ -1,6 +1,5 @@
 """Kernels on several threads: the same bits as on one, and only where the work is worth it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -9,16 +8,6 @@ import torch
 from sparse_features import sparse_rows
 
 from gnnpipe.kernels import RowBlock, aggregate, cpu, dropout_edges, dropout_rows
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = numba.get_num_threads()
-    if numba.config.NUMBA_NUM_THREADS < 2:  # type: ignore[attr-defined]
-        pytest.skip("numba was started with one thread; set NUMBA_NUM_THREADS=2")
-    numba.set_num_threads(2)
-    yield
-    numba.set_num_threads(before)
 
 
 class Spy:

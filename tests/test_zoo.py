@@ -43,11 +43,11 @@ def test_preset_trains_on_the_digits(name: str, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "preset": name,
         "partition": {"num_chunks": 4},
-        "training": {"epochs": 12, "lr": 0.01},
+        "training": {"epochs": 30, "lr": 0.01},
         "run": {"dir": str(tmp_path), "tensorboard": False, "threads": 1},
     }
     summary = Trainer(from_dict(values)).fit()
-    assert summary["val_at_best"] > 0.3  # ten classes; exact training has 0.4 to 0.9
+    assert summary["val_at_best"] > 0.5  # ten classes
 
 
 @torch.no_grad()
