@@ -226,7 +226,7 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
     sums = all(not layer.operator.startswith("edges") for layer in model_layers(config, graph))
-    knows = sums or (idea == Idea() and not config.num_strata)
+    knows = sums or idea == Idea()
     if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not knows:
         return Chunked(config, graph, chunk_id)
     return Layerwise(config, graph, chunk_id, idea=idea)

@@ -5,8 +5,8 @@ history. So all chunks of a layer can be computed at once, with the edges split 
 source's chunk comes later in the epoch's order (historical) or not (fresh). An epoch then costs
 little more than full-graph training's, which makes studies with many chunks and seeds affordable;
 ``tests/test_layerwise.py`` holds the losses to the pipeline's. Layers that gather (attention)
-get each row thrice, and their edges the row that is theirs; of what is kept they know the plain
-history only (``Idea()``), and nothing of strata.
+get each row twice and once more for every chunk that reads it as history, and their edges the row
+that is theirs; of what is kept they know the plain history only (``Idea()``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,6 +69,13 @@ class _Split(NamedTuple):
     """What historical rows are moved by; None leaves them."""
 
 
+class _Gathered(NamedTuple):
+    """One epoch's historical rows of one operator, once for each chunk that gathers them."""
+
+    row_id: Tensor
+    moved: "Moved | None"
+
+
 class Layerwise:
     """A run without chunks that computes what a pipeline over ``chunk_id`` computes.
 
@@ -90,6 +97,7 @@ class Layerwise:
         self.run = whole_run(config, graph)
         self.tables: dict[int, Memory] = {}
         self._splits: dict[str, _Split] = {}
+        self._gathered: dict[str, _Gathered] = {}
         self._epoch = 0
         for stage in self.run.engine.stages.values():
             for local in stage.layers:
@@ -138,21 +146,28 @@ class Layerwise:
         blocks = {operator: cell for operator, cell in parts.items() if cell.edges is None}
         factor = self.config.history.cross_chunk_gradient
         self._splits = {operator: split(cell, place, factor) for operator, cell in blocks.items()}
-        if self.config.num_strata and int(place.max()) > 0:
-            like = next(iter(self.tables.values())).history.new_empty(0)
-            for operator, cell in blocks.items():
-                own, rows = self._splits[operator], (place, self._stratum)
-                moved = Moved(own.stale, *(r[cell.node_id] for r in rows), factor, like=like)
-                self._splits[operator] = own._replace(moved=moved)
-        gathered = {
-            operator: cell._replace(edges=thrice(cell, place))
-            for operator, cell in parts.items()
-            if cell.edges is not None
-        }
+        cells, self._gathered = {}, {}
+        for operator, cell in parts.items():
+            if cell.edges is not None:
+                row_id, target_place, edges = apart(cell, place)
+                cells[operator] = cell._replace(edges=edges)
+                self._gathered[operator] = _Gathered(row_id, None)
+            if not self.config.num_strata or int(place.max()) == 0:
+                continue
+            own, stratum = place[cell.node_id], self._stratum[cell.node_id]
+            like = next(iter(self.tables.values())).history
+            members = functional.one_hot(stratum, int(self._stratum.max()) + 1).to(like)
+            if cell.edges is not None:
+                moved = Moved(members, own, members[row_id], target_place, factor)
+                self._gathered[operator] = _Gathered(row_id, moved)
+            else:
+                shares = aggregate(self._splits[operator].stale, members)
+                moved = Moved(members, own, shares, own, factor)
+                self._splits[operator] = self._splits[operator]._replace(moved=moved)
         for stage in self.run.engine.stages.values():
             for local in stage.layers:
-                if local.table is not None and local.layer.operator in gathered:
-                    local.cells.chunks[0] = gathered[local.layer.operator]
+                if local.table is not None and local.layer.operator in cells:
+                    local.cells.chunks[0] = cells[local.layer.operator]
 
     def _add_exact_gradients(self, epoch: int) -> None:
         """Once more, with every edge fresh."""
@@ -185,7 +200,8 @@ class Layerwise:
             return _Plain(cell, self._next_memory() if self._is_warming else None)
         operator, cell = self._operator[known]
         if cell.edges is not None:
-            return _Beside(self.tables[known], self.config.history.cross_chunk_gradient)
+            factor = self.config.history.cross_chunk_gradient
+            return _Beside(self.tables[known], self._gathered[operator], factor)
         return _Masked(self.tables[known], cell, self._splits[operator], self._epoch)
 
     _is_warming = False
@@ -271,8 +287,8 @@ class _Plain:
 class _Beside:
     """Gathers a row as it is fresh to its own chunk, fresh to later ones, and historical."""
 
-    def __init__(self, memory: Memory, factor: float) -> None:
-        self.memory, self.factor = memory, factor
+    def __init__(self, memory: Memory, gathered: _Gathered, factor: float) -> None:
+        self.memory, self.gathered, self.factor = memory, gathered, factor
 
     def keep(self, x: Tensor) -> None:
         """Histories are rows as they were handed over."""
@@ -286,7 +302,23 @@ class _Beside:
     def gather(self, x: Tensor) -> Tensor:
         self.memory.shown, self.memory.fresh = self.memory.read, x.detach()
         crossing = x.detach() + self.factor * (x - x.detach())
-        return torch.cat((x, crossing, self.memory.read))
+        row_id, moved = self.gathered
+        historical = self.memory.read[row_id]
+        if moved is not None:
+            added: Tensor = _Drift.apply(x, self.memory.read, moved)
+            historical = historical + added
+        return torch.cat((x, crossing, historical))
+
+
+class _Drift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shown: Tensor, moved: "Moved") -> Tensor:
+        ctx.moved = moved
+        return moved.forward(x.detach() - shown)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.moved.backward(grads[0]), None, None
 
 
 class _Masked:
@@ -316,8 +348,7 @@ class _Masked:
         out: Tensor = _Mix.apply(x, shown, self)
         if self.parts.moved is None:
             return out
-        # What late gradients stand for counts once.
-        return self.parts.moved.add(out, x.detach() if memory.idea.gradient else x, shown)
+        return out + self.parts.moved.forward(x.detach() - shown)
 
 
 class _Mix(torch.autograd.Function):
@@ -332,45 +363,44 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         reader: _Masked = ctx.reader
         memory, parts = reader.memory, reader.parts
-        gradient = grads[0].contiguous()
+        gradient = rest = grads[0].contiguous()
         dx = aggregate(parts.back, gradient)
         if memory.idea.gradient:
             if memory.gradient is None:
                 memory.gradient = torch.zeros_like(gradient)
-            dx += memory.idea.gradient * aggregate(parts.missing, memory.gradient)
-            rest = memory.idea.smoothing
-            memory.gradient.lerp_(gradient, (1.0 - rest) / (1.0 - rest**reader.epoch))
+            late = memory.idea.gradient * memory.gradient
+            dx += aggregate(parts.missing, late)
+            rest = gradient - late
+            old = memory.idea.smoothing
+            memory.gradient.lerp_(gradient, (1.0 - old) / (1.0 - old**reader.epoch))
+        if parts.moved is not None:
+            dx += parts.moved.backward(rest)
         return dx, None, None
 
 
 class Moved:
-    """Historical rows moved by the mean drift of their stratum, of all chunks at once.
+    """Historical rows moved by the mean drift of their stratum, for all chunks at once.
 
     Args:
-        stale: the edges from historical rows.
+        members: which stratum each row is of, ``[N, G]``, ones and zeros.
         place: position of each row's chunk, ``[N]``.
-        stratum: of each row, ``[N]``.
+        shares: what each reader reads of each stratum's historical rows, ``[R, G]``.
+        reader_place: position of each reader's chunk, ``[R]``.
         factor: on gradients that cross chunks.
-        like: gives the dtype.
     """
 
     def __init__(
-        self, stale: RowBlock, place: Tensor, stratum: Tensor, factor: float, *, like: Tensor
+        self, members: Tensor, place: Tensor, shares: Tensor, reader_place: Tensor, factor: float
     ) -> None:
-        self.num_places, self.num_strata = int(place.max()) + 1, int(stratum.max()) + 1
-        self.cell, self.factor = place * self.num_strata + stratum, factor
-        members = functional.one_hot(stratum, self.num_strata).to(like)
+        self.num_places, self.num_strata = int(place.max()) + 1, members.shape[1]
+        self.factor = factor
+        self.cell = place * self.num_strata + members.argmax(1)
         done = self._by_place(torch.ones_like(members[:, :1])).cumsum(0)  # [C, G, 1]
         of_all = PRIOR / done.sum(1, keepdim=True)
-        self.means = (of_all + torch.eye(self.num_strata, dtype=done.dtype)) / (done + PRIOR)
-        self.by_place = place.argsort(stable=True)
-        self.sizes = torch.bincount(place, minlength=self.num_places).tolist()
-        self.shares = aggregate(stale, members.contiguous())[self.by_place].split(self.sizes)
-
-    def add(self, out: Tensor, x: Tensor, shown: Tensor) -> Tensor:
-        """``out`` and what its historical rows have drifted."""
-        added: Tensor = _Drift.apply(x, shown, self)
-        return out + added
+        self.means = (of_all + torch.eye(self.num_strata).to(members)) / (done + PRIOR)
+        self.by_place = reader_place.argsort(stable=True)
+        self.sizes = torch.bincount(reader_place, minlength=self.num_places).tolist()
+        self.shares = shares[self.by_place].split(self.sizes)
 
     def _by_place(self, rows: Tensor) -> Tensor:
         """Sums of rows by position and stratum, ``[C, G, F]``."""
@@ -378,10 +408,10 @@ class Moved:
         return sums.index_add_(0, self.cell, rows).view(self.num_places, self.num_strata, -1)
 
     def forward(self, drift: Tensor) -> Tensor:
-        """What is added to the sums."""
+        """What is added to each reader's rows, or sums."""
         shift = self.means @ self._by_place(drift).cumsum(0)
-        rows = [part @ own for part, own in zip(self.shares, shift, strict=True)]
-        return torch.empty_like(drift).index_copy_(0, self.by_place, torch.cat(rows))
+        rows = torch.cat([part @ own for part, own in zip(self.shares, shift, strict=True)])
+        return torch.empty_like(rows).index_copy_(0, self.by_place, rows)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """What that gives to the rows it was made of."""
@@ -391,17 +421,6 @@ class Moved:
         later = due.flip(0).cumsum(0).flip(0) - due
         total = (due + self.factor * later).flatten(0, 1)
         return total[self.cell]
-
-
-class _Drift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shown: Tensor, moved: Moved) -> Tensor:
-        ctx.moved = moved
-        return moved.forward(x.detach() - shown)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.moved.backward(grads[0]), None, None
 
 
 def split(cell: Any, place: Tensor, factor: float) -> _Split:
@@ -424,16 +443,27 @@ def split(cell: Any, place: Tensor, factor: float) -> _Split:
     )
 
 
-def thrice(cell: Cell, place: Tensor) -> Edges:
-    """The cell's edges, each with the source that :class:`_Beside` gathers for it."""
+def apart(cell: Cell, place: Tensor) -> tuple[Tensor, Tensor, Edges]:
+    """What :class:`_Beside` gathers as history.
+
+    Returns:
+        The row and the position of the reading chunk of each, and the cell's edges, each with the
+        source that is gathered for it.
+    """
     edges, place = cell.edges, place[cell.node_id]
     assert edges is not None
     source, target = edges.edge_index
-    num_rows = cell.node_id.numel()
-    kind = torch.where(place[source] > place[target], 2, (place[source] < place[target]).long())
-    index = torch.stack((source + kind * num_rows, target))
-    order = EdgeOrder(index, num_sources=3 * num_rows, num_targets=num_rows)
-    return edges._replace(edge_index=index, order=order)
+    num_rows, num_places = cell.node_id.numel(), int(place.max()) + 1
+    is_late = place[source] > place[target]
+    read = source[is_late] * num_places + place[target][is_late]
+    pairs, which = read.unique(return_inverse=True)
+    index = edges.edge_index.clone()
+    index[0] += (place[source] < place[target]) * num_rows
+    index[0, is_late] = which + 2 * num_rows
+    num_sources = 2 * num_rows + pairs.numel()
+    order = EdgeOrder(index, num_sources=num_sources, num_targets=num_rows)
+    edges = edges._replace(edge_index=index, order=order)
+    return pairs // num_places, pairs % num_places, edges
 
 
 def _some(block: RowBlock, mask: Tensor, factor: Tensor | None = None) -> RowBlock:

@@ -234,7 +234,6 @@ class _StageBuilder:
                 self._stale[key],
                 table.values,
                 factor=plan.cross_chunk_gradient,
-                has_gradient=late is None,  # What late gradients stand for counts once.
                 start_sum=self._comm.start_add_up,
             )
         return table

@@ -103,7 +103,6 @@ class Compensation:
         stale: of the table's stage and operator.
         values: the table's, ``[num_values, channels]``.
         factor: multiplies gradients that cross chunks.
-        has_gradient: whether gradients flow through the compensation.
         start_sum: sums over the ways.
     """
 
@@ -113,11 +112,9 @@ class Compensation:
         values: Tensor,
         *,
         factor: float,
-        has_gradient: bool,
         start_sum: StartSum,
     ) -> None:
         self.stale = stale
-        self.has_gradient = has_gradient
         counts = stale.strata.counts
         self._values = values
         self._sums = counts.new_zeros((*counts.shape, values.shape[1]))
@@ -176,8 +173,6 @@ class Compensation:
         Returns:
             Adds to the gradient of the chunk's own rows what they are owed.
         """
-        if not self.has_gradient:
-            return nothing_owed
         calls = self._on(chunk)
         calls.collect(gradient)
         wait = self._start_sum(self._part)
@@ -213,7 +208,3 @@ class _OnChunk(NamedTuple):
     move: Callable[[Tensor], object]
     collect: Callable[[Tensor], object]
     pay: Callable[[Tensor], object]
-
-
-def nothing_owed(dx: Tensor) -> None:
-    """Pays where nothing is compensated, or without gradient."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gnnpipe.cell import WHOLE, Cell, Exchange, Halves
-from gnnpipe.compensation import nothing_owed
 from gnnpipe.history import Table
 from gnnpipe.kernels import RowBlock, prepare
 from gnnpipe.recall import LateGradients
@@ -159,19 +158,20 @@ class Reader:
             self.compensation.add(self.chunk, out)
         return out
 
-    def owe(self, gradient: Tensor) -> Callable[[Tensor], None]:
+    def owe(self, gradient: Tensor, late: Tensor | None = None) -> Callable[[Tensor], None]:
         """Takes the gradient of what compensated rows have been given.
 
         Args:
             gradient: of the cell's sums, or of the rows of its halo.
+            late: what historical rows have got for it already.
 
         Returns:
             Adds to the gradient of the cell's own rows what they are owed for it, and for what
             later chunks have been given.
         """
         if self.compensation is None:
-            return nothing_owed
-        return self.compensation.owe(self.chunk, gradient)
+            return _nothing_owed
+        return self.compensation.owe(self.chunk, gradient if late is None else gradient - late)
 
     def back(self, out: Tensor | None) -> Tensor:
         """The gradient of the cell's values; that of its sums lies in the table.
@@ -205,8 +205,10 @@ class Reader:
             if mirrors.stop > mirrors.start:
                 late.show(gradients, mirrors)
 
+        pay = self.owe(gradients[own], late.rows[own])
         late.show(gradients, own)
         dx = self._backward(wait_and_show, out)
+        pay(dx)
         if self.factor != 1.0:  # From here on these rows are read by other chunks only.
             for rows in (own, mirrors):
                 late.rows[rows] *= self.factor
@@ -298,6 +300,10 @@ def alias(table: Tensor, rows: slice) -> Tensor:
     part = table[rows]
     place = part.storage_offset(), part.shape, part.stride()
     return table.new_empty(0).set_(table.untyped_storage(), *place)
+
+
+def _nothing_owed(dx: Tensor) -> None:
+    """Pays where nothing is compensated."""
 
 
 def is_same_memory(a: Tensor, b: Tensor) -> bool:

@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"cross_chunk_gradient": 1.0},
     "one stratum": {"strata": 1},
     "unmoved": {"strata": 0},
+    "late, unmoved": {"late_gradient": 0.5, "strata": 0},
     "published": {"period": 3, "warm_start": "zeros", "strata": 0},
     "antithetic": {"order": "antithetic"},
     "clean": {"keeps_dropout": False},
@@ -35,10 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
         *((case, "gcnii") for case in CASES),
         ("late", "gcn"),
         ("clean", "resgcn+"),
-        ("unmoved", "gat"),
-        *((f"{case}, unmoved", "transformer") for case in ("refreshed", "corrected")),
-        ("published", "transformer"),
-        *((case, "deepergcn") for case in ("unmoved", "published")),
+        ("late, averaged", "resgcn+"),
+        ("plain", "gat"),
+        *((case, "transformer") for case in ("published", "refreshed", "corrected", "unmoved")),
+        *((case, "deepergcn") for case in ("plain", "published")),
     ],
 )
 def test_layer_by_layer_equals_chunk_by_chunk(
