@@ -6,7 +6,7 @@ from gnnpipe.sources import merge
 
 PUBLISHED = {"period": 23, "warm_start": "zeros", "order": "shuffled", "cross_chunk_gradient": 2.0}
 _UNMOVED: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0}}
-_NEVER: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0, "refresh_every": None}}
+_NEVER: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0, "refresh_every": 0}}
 _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "never refreshed": {},
     "published": {"history": PUBLISHED, "partition": {"method": "metis-grouped"}},

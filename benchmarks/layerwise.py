@@ -134,7 +134,7 @@ class Layerwise:
         self.is_training = False
         for memory in self.tables.values():
             memory.end_epoch(epoch)
-        every, bound = config.history.refresh_every, config.history.max_drift
+        every, bound = config.refresh_every, config.history.max_drift
         is_due = every is not None and self._num_chunks > 1 and epoch % every == 0
         if is_due or (bound is not None and max(self.staleness()) > bound):
             self._renew()

@@ -77,7 +77,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "many-steps": {
         "partition": {"num_chunks": 32, "method": "metis-grouped", "parts_per_chunk": 16},
         "training": {"steps_per_epoch": 32, "ema_decay": 0.9},
-        "history": {"refresh_every": None},
+        "history": {"refresh_every": 0},
     },
     "gnnpipe-paper": {
         "partition": {"num_chunks": 32, "method": "metis-grouped"},
@@ -88,7 +88,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             "warm_start": "zeros",
             "order": "shuffled",
             "cross_chunk_gradient": 2.0,
-            "refresh_every": None,
+            "refresh_every": 0,
             "strata": 0,
         },
     },
@@ -161,7 +161,16 @@ class Config:
         """Most strata whose drift moves historical rows."""
         if self.history.strata is not None:
             return self.history.strata
-        return STRATA if self.training.steps_per_epoch == 1 else 0
+        is_one_step = self.training.steps_per_epoch == 1
+        return STRATA if is_one_step and not self.model.is_plain_and_deep else 0
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Epochs between exact forwards that renew all histories; None without."""
+        given = self.history.refresh_every
+        if given is not None:
+            return given or None
+        return 5 if self.model.is_plain_and_deep else 10
 
     def check_device(self, kind: str) -> None:
         """Checks what only some kinds of device can do.

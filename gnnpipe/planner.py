@@ -164,7 +164,7 @@ class Planner:
     def _sums_of_strata(self) -> int:
         """Times that a chunk's strata are summed: when it arrives, goes back, is put back."""
         is_put_back = self._storage.kept_copies > 0 or self._storage.period > 1
-        return 2 - self._storage.has_late_gradients + is_put_back
+        return 2 + is_put_back
 
     def _enter_s(self, layers: range, setting: Setting) -> float:
         """What a stage does before a mean chunk, on the slowest way."""

@@ -293,7 +293,7 @@ class PipelineRun:
 
     def _is_due(self, epoch: int) -> bool:
         """Whether the histories that an epoch has left are to be replaced by exact ones."""
-        every = self._config.history.refresh_every
+        every = self._config.refresh_every
         is_wanted = every is not None and epoch > 0 and epoch % every == 0
         return is_wanted and self._num_chunks > 1 and self._refreshed != epoch
 

@@ -165,6 +165,11 @@ class ModelConfig:
         """The options of this very model, by name."""
         return {key: getattr(self, key) for key in MODEL_OPTIONS[self.name]}
 
+    @property
+    def is_plain_and_deep(self) -> bool:
+        """Whether signals pass many layers, by way of neighbours alone: no norm, no shortcut."""
+        return self.name == "gcn" and self.norm == "none" and self.num_layers >= 16
+
     def _settle_options(self) -> None:
         """Fills this model's options and refuses those of another."""
         own = MODEL_OPTIONS[self.name]
@@ -274,7 +279,8 @@ class HistoryConfig:
     strata: int | None = None
     """Most strata of nodes, by the magnitude of their degrees: historical rows are moved by the
     mean drift of their stratum's fresh rows, and gradients flow through that; 0 leaves them. null
-    is 16, and 0 with several optimizer steps an epoch, which leave rows of all ages."""
+    is 16, and 0 with several optimizer steps an epoch, which leave rows of all ages, and where
+    `history.refresh_every` is 5 by itself."""
     late_gradient: float = 0.0
     """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
     late_gradient_momentum: float = 0.0
@@ -289,9 +295,10 @@ class HistoryConfig:
     finer, and infinite above 65,504."""
     predict: Literal["linear"] | None = None
     """Extrapolate kept rows along their last change, by a coefficient fitted to each layer."""
-    refresh_every: int | None = 10
-    """Epochs between exact forwards that renew all histories; null has none. One that falls on an
-    evaluation serves for both."""
+    refresh_every: int | None = None
+    """Epochs between exact forwards that renew all histories; 0 has none. One that falls on an
+    evaluation serves for both. null is 10, and 5 for gcn of 16 layers or more without a norm,
+    which needs young histories."""
     correct_every: int | None = None
     """Epochs between exact gradients, for which stages wait for each other; what the pipeline's
     lack is added to those in between, as far as it has lasted before. null has none."""
@@ -301,7 +308,7 @@ class HistoryConfig:
 
     def __post_init__(self) -> None:
         settle(self, "history")
-        at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0, refresh_every=1)
+        at_least(self, "history", period=1, cross_chunk_gradient=0, max_drift=0, refresh_every=0)
         at_least(self, "history", correct_every=1, strata=0)
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)

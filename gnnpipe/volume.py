@@ -75,8 +75,8 @@ def predict_comm_bytes(
         recalled: whether histories are kept apart from the tables.
         num_chunks: chunks.
         num_strata: whose mean drift moves historical rows; 0 where they are left as they are.
-        sums_of_strata: how often the strata of a chunk are summed over the ways: 2, or 1 where
-            nothing is owed to them; 1 more where tables start an epoch with kept rows.
+        sums_of_strata: how often the strata of a chunk are summed over the ways: 2, and 1 more
+            where tables start an epoch with kept rows.
     """
     cuts = crossings(layers, bounds=bounds, num_stages=num_stages)
     tables = [layer for layer in layers if layer.operator != "none"]

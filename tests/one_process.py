@@ -64,7 +64,7 @@ def settings(name: str = "gcn", *, seed: int = 7, **changes: Any) -> Config:
             "history_momentum": 0.0,
             "predict": None,
             "max_drift": None,
-            "refresh_every": None,
+            "refresh_every": 0,
             "correct_every": None,
             "strata": 16,
             "late_gradient": 0.0,

@@ -54,7 +54,7 @@ def test_file_wins_over_preset_and_override_over_file(tmp_path: Path) -> None:
 
 def test_preset_is_the_published_method() -> None:
     config = load_config(None, ["preset=gnnpipe-paper"])
-    published = HistoryConfig(23, "zeros", "shuffled", 2.0, strata=0, refresh_every=None)
+    published = HistoryConfig(23, "zeros", "shuffled", 2.0, strata=0, refresh_every=0)
     assert config.history == published
     assert (config.partition.num_chunks, config.partition.method) == (32, "metis-grouped")
     assert (config.model.num_layers, config.model.hidden_channels) == (32, 100)
@@ -66,7 +66,7 @@ def test_preset_of_many_steps_makes_one_over_each_mixed_chunk() -> None:
     config = load_config(None, ["preset=many-steps", "partition.num_chunks=40"])
     assert (config.partition.method, config.partition.parts_per_chunk) == ("metis-grouped", 16)
     assert (config.training.steps_per_epoch, config.training.ema_decay) == (32, 0.9)
-    assert config.history.refresh_every is None  # Averaged weights need a forward of their own.
+    assert config.refresh_every is None  # Averaged weights need a forward of their own.
     assert config.model == Config().model  # Of any model.
 
 
@@ -79,9 +79,28 @@ def test_strata_are_sixteen_unless_an_epoch_has_several_steps() -> None:
         ([steps, "history.strata=3"], 3),
         (["preset=many-steps"], 0),
         (["preset=gnnpipe-paper"], 0),
+        (["model.name=gcn"], 0),
+        (["model.name=gcn", "history.strata=16"], 16),
     ]
     for overrides, num_strata in cases:
         assert load_config(None, overrides).num_strata == num_strata, overrides
+
+
+def test_deep_models_without_shortcuts_refresh_their_histories_often() -> None:
+    plain = ["model.name=gcn", "model.num_layers=16"]
+    cases: list[tuple[list[str], int | None]] = [
+        ([], 10),
+        (["history.refresh_every=3"], 3),
+        (["history.refresh_every=0"], None),
+        (plain, 5),
+        ([*plain, "history.refresh_every=10"], 10),
+        ([*plain, "model.num_layers=15"], 10),
+        ([*plain, "model.norm=layer"], 10),
+        (["model.name=gat"], 10),
+        (["preset=gnnpipe-paper", "model.name=gcn"], None),
+    ]
+    for overrides, every in cases:
+        assert load_config(None, overrides).refresh_every == every, overrides
 
 
 def test_last_override_of_a_key_counts() -> None:

@@ -379,7 +379,7 @@ def test_memory_of_what_is_kept_is_counted() -> None:
     ("options", "message"),
     [
         (["history.momentum=1"], r"`history.momentum` \(=1.0\) must be at least 0 and below 1"),
-        (["history.refresh_every=0"], r"`history.refresh_every` \(=0\) must be at least 1"),
+        (["history.refresh_every=-1"], r"`history.refresh_every` \(=-1\) must be at least 0"),
         (["history.late_gradient=2"], r"`history.late_gradient` \(=2.0\) must be between 0"),
         (
             ["history.late_gradient=1", "history.late_gradient_momentum=1"],

@@ -188,7 +188,7 @@ PLAIN = {
     "history.momentum": 0,
     "history.predict": "null",
     "history.max_drift": "null",
-    "history.refresh_every": "null",
+    "history.refresh_every": 0,
 }
 
 
@@ -200,7 +200,8 @@ def check_bytes(
     for kind in ("boundary", "carried", "halo"):
         assert in_steps[kind] == whole[kind] > 0
     # Mirrors of fresh rows and of gradients; the graph is undirected, so they are as many. Every
-    # node has four readers: drift of 3 strata in 8 chunks of 6 tables, to the other way and back.
+    # node has four readers: sums of 3 strata in 8 chunks of 6 tables, to the other way and back,
+    # of drift and of what is owed for it.
     drift = 2 * 8 * 3 * 6 * 8 * 8
-    assert in_steps["halo"] == (plain["halo"] - drift) * 3 // 2 + 2 * drift
+    assert in_steps["halo"] == (plain["halo"] - 2 * drift) * 3 // 2 + 3 * drift
     assert in_steps["boundary"] == plain["boundary"]
