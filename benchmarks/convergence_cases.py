@@ -54,7 +54,12 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "default": {},
     "one stratum": {"history": {"strata": 1}},
     "unmoved": _UNMOVED,
-    "refresh every 5": {"history": {"strata": 0, "refresh_every": 5}},
+    "16 strata": {"history": {"strata": 16, "refresh_every": 10}},
+    "late gradients": {"history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}},
+    **{
+        f"refresh every {every}": {"history": {"strata": 0, "refresh_every": every}}
+        for every in (1, 2, 5, 10)
+    },
     "correct every 10": {"history": {"strata": 0, "correct_every": 10}},
     "correct every 20": {"history": {"strata": 0, "correct_every": 20}},
     **{

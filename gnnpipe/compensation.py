@@ -22,6 +22,9 @@ comes back to it; what is averaged is who gets it. Degrees make good strata beca
 stable: with symmetric normalisation the exact operator preserves ``sqrt(degree)``, and so does a
 mean over rows of equal degree, while one over all rows lets hubs grow from layer to layer.
 
+Where late gradients stand in for those of historical rows (:mod:`gnnpipe.recall`), a reader owes
+what its gradient is more than the late one: ``dz_i - late_i`` for ``dz_i``.
+
 The forward is a control variate as in VR-GCN (Chen, Zhu and Song, ICML 2018, arXiv 1710.10568),
 post-stratified (Holt and Smith, "Post stratification", 1979).
 """
