@@ -14,6 +14,7 @@ variant is compared with the exact one at the same weights and dropout masks in 
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if tuple(cell) in done or time.monotonic() - start_s > options.limit_s:
             continue
         result = {"cell": list(cell), **run_cell(cell, options)}
+        gc.collect()  # A run is a circle of references; of a large graph two do not fit.
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         say(f"{cell} test {result['test']} val {result['val']} in {result['cpu_s']:.0f} s")
