@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from gnnpipe.sources import merge
 
 PUBLISHED = {"period": 23, "warm_start": "zeros", "order": "shuffled", "cross_chunk_gradient": 2.0}
+
+
+def _late(factor: float, *, momentum: float = 0.0) -> dict[str, object]:
+    return {"late_gradient": factor, "late_gradient_momentum": momentum}
+
+
 _UNMOVED: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0}}
 _NEVER: Mapping[str, Mapping[str, object]] = {"history": {"strata": 0, "refresh_every": 0}}
 _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -31,18 +37,14 @@ _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     },
     "dropout false": {"history": {"dropout": False}},
     "momentum 0.5": {"history": {"dropout": False, "momentum": 0.5}},
-    "late gradient 0.5": {"history": {"late_gradient": 0.5}},
-    "late gradient 1": {"history": {"late_gradient": 1.0}},
-    "dropout false, late gradient 1": {"history": {"dropout": False, "late_gradient": 1.0}},
-    "late gradient 1, smoothed 0.5": {
-        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.5}
-    },
-    "late gradient 1, smoothed 0.8": {
-        "history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}
-    },
+    "late gradient 0.5": {"history": _late(0.5)},
+    "late gradient 1": {"history": _late(1.0)},
+    "dropout false, late gradient 1": {"history": {"dropout": False, **_late(1.0)}},
+    "late gradient 1, smoothed 0.5": {"history": _late(1.0, momentum=0.5)},
+    "late gradient 1, smoothed 0.8": {"history": _late(1.0, momentum=0.8)},
     "exact histories": {"history": {"dropout": False, "max_drift": 0.0}},
     "exact histories, late gradient 1": {
-        "history": {"dropout": False, "max_drift": 0.0, "late_gradient": 1.0}
+        "history": {"dropout": False, "max_drift": 0.0, **_late(1.0)}
     },
     # Ideas that no option has: kept before the dropout and read without a mask.
     "clean": {"idea": {"store": "clean"}},
@@ -52,10 +54,10 @@ _NEVER_REFRESHED: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "exact": {},
     "default": {},
-    "one stratum": {"history": {"strata": 1}},
     "unmoved": _UNMOVED,
-    "16 strata": {"history": {"strata": 16, "refresh_every": 10}},
-    "late gradients": {"history": {"late_gradient": 1.0, "late_gradient_momentum": 0.8}},
+    "strata": {"history": {"strata": 16, "refresh_every": 10, "late_gradient": 0.0}},
+    "one stratum": {"history": {"strata": 1, "late_gradient": 0.0}},
+    "undamped late gradients": {"history": _late(1.0, momentum=0.8)},
     **{
         f"refresh every {every}": {"history": {"strata": 0, "refresh_every": every}}
         for every in (1, 2, 5, 10)
@@ -107,7 +109,7 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Mapping[str, object]]] = {
     ("pubmed", "gcnii"): {"training": {"epochs": 60}, "model": {"dropout": 0.3}},
     ("pubmed", "resgcn+"): {"training": {"epochs": 80, "lr": 5e-3}, "model": {"dropout": 0.3}},
     ("amazon_computers", "gcnii"): {
-        "training": {"epochs": 160, "weight_decay": 0.0, "clip_norm": 1.0},
+        "training": {"epochs": 240, "weight_decay": 0.0, "clip_norm": 1.0},
         "model": {"dropout": 0.2, "alpha": 0.3, "norm": "layer"},
     },
     ("amazon_computers", "resgcn+"): {

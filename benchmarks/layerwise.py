@@ -52,7 +52,7 @@ def idea_of(config: Config, more: Mapping[str, Any] | None = None) -> Idea:
     """What a configuration says, and more."""
     history = config.history
     store = "dropped" if history.dropout else "redrawn"
-    late = history.late_gradient, history.late_gradient_momentum
+    late = config.late_gradient, history.late_gradient_momentum
     return Idea(store, history.momentum, 0.0, *late)._replace(**(more or {}))
 
 

@@ -15,7 +15,6 @@ from gnnpipe.comm import Comm
 from gnnpipe.compensation import Compensation, Stale
 from gnnpipe.counter import stream_key
 from gnnpipe.engine import Engine, Inputs, cuts_of
-from gnnpipe.errors import UserError
 from gnnpipe.graph import Graph
 from gnnpipe.history import Table
 from gnnpipe.kernels import SparseRows
@@ -204,9 +203,7 @@ class _StageBuilder:
         if plan.is_trained and not plan.keeping.is_plain:
             keeping, period = plan.keeping, plan.period
             recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
-        late, is_late = None, plan.is_trained and plan.late_gradient > 0
-        if is_late:
-            _check_aggregates(layer, plan.late_gradient)
+        late, is_late = None, plan.is_trained and plan.late_gradient > 0 and not is_gather
         if is_late and len(cells.chunks) > 1:  # One chunk reads no history.
             late = LateGradients(
                 num_gradients,
@@ -252,14 +249,6 @@ class _StageBuilder:
         if key not in self._scratch:
             self._scratch[key] = self._like.new_zeros((num_rows, layer.table_channels))
         return self._scratch[key]
-
-
-def _check_aggregates(layer: Layer, factor: float) -> None:
-    if layer.operator.startswith("edges"):
-        raise UserError(
-            f"`history.late_gradient` (={factor}) must be 0 for {type(layer).__name__}, which"
-            " gathers its neighbours' rows; set it to 0 or take a model that sums them"
-        )
 
 
 def _inputs(

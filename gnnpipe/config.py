@@ -98,6 +98,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 STRATA = 16
 """Orders of magnitude of a degree that are told apart: the last is that of hubs above 32,767."""
 
+LATE_GRADIENT = 0.5
+"""All of it (1) gains more on squirrel and overshoots on Amazon Computers; see convergence.md."""
+
 NO_NUMBA = "must be auto, torch or triton on a GPU, which runs no numba kernels here; take auto"
 NO_TRITON = "must be auto, numba or torch on a CPU, for which Triton makes no code; take auto"
 NO_GRAPHS = "must be false on a CPU, which needs nothing launched; leave it out"
@@ -165,6 +168,14 @@ class Config:
         return STRATA if is_one_step and not self.model.is_plain_and_deep else 0
 
     @property
+    def late_gradient(self) -> float:
+        """Factor on earlier epochs' gradients, in layers that sum their neighbours."""
+        if self.history.late_gradient is not None:
+            return self.history.late_gradient
+        is_one_step, is_whole = self.training.steps_per_epoch == 1, self.history.dtype is None
+        return LATE_GRADIENT if self.num_strata and is_one_step and is_whole else 0.0
+
+    @property
     def refresh_every(self) -> int | None:
         """Epochs between exact forwards that renew all histories; None without."""
         given = self.history.refresh_every
@@ -195,7 +206,7 @@ class Config:
         dtype, history = self.history.dtype, self.history
         if dtype is None:
             return
-        kept = history.is_recalled or history.late_gradient > 0
+        kept = history.is_recalled or self.late_gradient > 0
         others = {
             "model.dtype": (self.model.dtype, "float32", self.model.dtype == "float32"),
             "parallel.num_ways": (self.parallel.num_ways, "1", self.parallel.num_ways == 1),

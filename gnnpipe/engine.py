@@ -396,8 +396,10 @@ class Engine:
             previous = action._replace(stage_index=action.stage_index - 1)
             self._hand_over(previous, gradient, self._chunk_sizes[chunk])
 
-    def _layer_done(self, stage_index: int, step: int) -> Callable[[int], None]:
+    def _layer_done(self, stage_index: int, step: int) -> Callable[[int], None] | None:
         """Called for a layer whose gradients are complete: their sum travels meanwhile."""
+        if self._comm.mesh.num_ways == 1:
+            return None
         layers = {local.layer_index: local.layer for local in self.stages[stage_index].layers}
 
         def done(layer_index: int) -> None:

@@ -103,7 +103,7 @@ class Storage(NamedTuple):
     strata: int = 0
     """Most strata whose drift tables know; 0 is none."""
     has_late_gradients: bool = False
-    """Whether a table keeps earlier epochs' gradients too."""
+    """Whether tables of layers that sum their neighbours keep earlier epochs' gradients too."""
     is_split: bool = False
     """Whether backwards leave the weights' gradients for later."""
     is_corrected: bool = False
@@ -120,7 +120,7 @@ def storage_of(config: Config) -> Storage:
     return own._replace(
         kept_copies=kept,
         strata=config.num_strata,
-        has_late_gradients=history.late_gradient > 0,
+        has_late_gradients=config.late_gradient > 0,
         is_split=config.parallel.schedule == "split_backward",
         is_corrected=history.correct_every is not None,
     )
@@ -256,7 +256,7 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
         values += (way.num_rows + way.in_mirrors) * layer.table_channels
         numbers = (way.num_rows + mirrors) * layer.table_channels
         kept += storage.kept_copies * way.num_rows * layer.table_channels
-        late += storage.has_late_gradients * numbers
+        late += storage.has_late_gradients * (not is_gather) * numbers
         if storage.mode == "recompute" and way.is_closed:
             shared[is_gather, layer.table_channels] = numbers
         else:

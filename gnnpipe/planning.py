@@ -81,7 +81,7 @@ def profile_of(
         cuts,
         lambda: model_layers(short, graph),
         strata=config.num_strata,
-        late_gradient=config.history.late_gradient,
+        late_gradient=config.late_gradient,
     )
 
 

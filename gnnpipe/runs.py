@@ -180,6 +180,7 @@ class PipelineRun:
         self._bounds = stage_bounds(
             layers, chunked, num_stages=parallel.total_stages, sizes=parallel.layers_per_stage
         )
+        _check_sums(layers, config.history.late_gradient or 0.0)
         plan = Plan(
             seed=config.seed,
             bounds=self._bounds,
@@ -194,7 +195,7 @@ class PipelineRun:
                 config.history.predict == "linear",
             ),
             strata=config.num_strata,
-            late_gradient=config.history.late_gradient,
+            late_gradient=config.late_gradient,
             late_gradient_momentum=config.history.late_gradient_momentum,
             memory=config.memory.mode,
             replays=config.kernels.cuda_graphs,
@@ -467,6 +468,14 @@ def _check_columns(layers: Sequence[Layer], every: int) -> None:
     has_columns = any(isinstance(module, NodeNorm) for module in modules)
     rule = "must be null with norms of columns, which know all rows chunk by chunk; set it to null"
     require(not has_columns, "history.correct_every", every, f"{rule} or `model.norm` to layer")
+
+
+def _check_sums(layers: Sequence[Layer], late_gradient: float) -> None:
+    for layer in layers:
+        rule = f"must be 0 for {type(layer).__name__}, which gathers its neighbours' rows"
+        is_right = not late_gradient or not layer.operator.startswith("edges")
+        way_out = "leave it out, or take a model that sums them"
+        require(is_right, "history.late_gradient", late_gradient, f"{rule}; {way_out}")
 
 
 def table_bytes(tables: Iterable[Table]) -> int:

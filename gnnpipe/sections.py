@@ -281,9 +281,11 @@ class HistoryConfig:
     mean drift of their stratum's fresh rows, and gradients flow through that; 0 leaves them. null
     is 16, and 0 with several optimizer steps an epoch, which leave rows of all ages, and where
     `history.refresh_every` is 5 by itself."""
-    late_gradient: float = 0.0
-    """Factor on last epoch's gradients along edges that were read as history; 0 has none."""
-    late_gradient_momentum: float = 0.0
+    late_gradient: float | None = None
+    """Factor on earlier epochs' gradients along edges that were read as history, in layers that
+    sum their neighbours; 0 has none, and saves a table of each layer's rows. null is 0.5 where
+    `history.strata` moves rows, but 0 with several optimizer steps an epoch or `history.dtype`."""
+    late_gradient_momentum: float = 0.8
     """Share of the old value in a kept gradient, in [0, 1): averages last epochs' gradients."""
     dropout: bool = True
     """Keep rows as they were dropped out; false keeps them before, and drops them when read."""
@@ -313,14 +315,12 @@ class HistoryConfig:
         rule = "must be at least 0 and below 1; 0 keeps the newest value"
         require(0 <= self.momentum < 1, "history.momentum", self.momentum, rule)
         rule = "must be between 0 (none) and 1 (undamped)"
-        is_share = 0 <= self.late_gradient <= 1
-        require(is_share, "history.late_gradient", self.late_gradient, rule)
+        factor = self.late_gradient
+        is_share = factor is None or 0 <= factor <= 1
+        require(is_share, "history.late_gradient", factor, rule)
         momentum = self.late_gradient_momentum
         rule = "must be at least 0 and below 1; 0 keeps the newest gradient"
         require(0 <= momentum < 1, "history.late_gradient_momentum", momentum, rule)
-        rule = "needs `history.late_gradient` above 0; set that, or leave this out"
-        is_used = not momentum or self.late_gradient > 0
-        require(is_used, "history.late_gradient_momentum", momentum, rule)
         is_possible = self.predict is None or self.period == 1
         rule = f"goes with `history.period` (={self.period}) 1 only; leave either out"
         require(is_possible, "history.predict", self.predict, rule)

@@ -86,6 +86,26 @@ def test_strata_are_sixteen_unless_an_epoch_has_several_steps() -> None:
         assert load_config(None, overrides).num_strata == num_strata, overrides
 
 
+def test_late_gradients_count_half_where_strata_move_rows() -> None:
+    steps, strata = "training.steps_per_epoch=2", "history.strata=16"
+    cases: list[tuple[list[str], float]] = [
+        ([], 0.5),
+        (["history.strata=3"], 0.5),
+        (["history.strata=0"], 0.0),
+        (["history.strata=0", "history.late_gradient=0.3"], 0.3),
+        (["history.late_gradient=0"], 0.0),
+        ([steps, strata], 0.0),
+        ([steps, strata, "history.late_gradient=1"], 1.0),
+        (["history.dtype=bfloat16"], 0.0),
+        (["preset=many-steps"], 0.0),
+        (["preset=gnnpipe-paper"], 0.0),
+        (["model.name=gcn"], 0.0),
+        (["model.name=gat"], 0.5),  # Of its layers that sum, of which it has none.
+    ]
+    for overrides, factor in cases:
+        assert load_config(None, overrides).late_gradient == factor, overrides
+
+
 def test_deep_models_without_shortcuts_refresh_their_histories_often() -> None:
     plain = ["model.name=gcn", "model.num_layers=16"]
     cases: list[tuple[list[str], int | None]] = [

@@ -84,17 +84,19 @@ def test_tables_of_layers_that_run_again_are_predicted(name: str, dtype: str | N
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {"late_gradient": 0.5},
-        {"keeps_dropout": False, "period": 3},
-        {"history_momentum": 0.5},
-        {"keeps_dropout": False, "predict": "linear", "late_gradient": 1.0},
+        ("gcnii", {"late_gradient": 0.5}),
+        ("gcnii", {"late_gradient": None}),
+        ("gat", {"late_gradient": None}),  # It gathers, so it has none.
+        ("gcnii", {"keeps_dropout": False, "period": 3}),
+        ("gcnii", {"history_momentum": 0.5}),
+        ("gcnii", {"keeps_dropout": False, "predict": "linear", "late_gradient": 1.0}),
     ],
 )
-def test_tables_that_remember_more_are_predicted(changes: dict[str, Any]) -> None:
+def test_tables_that_remember_more_are_predicted(name: str, changes: dict[str, Any]) -> None:
     graph = woven(NUM_NODES)
-    config = settings("gcnii", hidden_channels=64, dtype="float32", **changes)
+    config = settings(name, hidden_channels=64, dtype="float32", **changes)
     for chunk_id in ([0] * NUM_NODES, striped(graph, NUM_CHUNKS)):
         run = pipeline(graph, config, chunk_id)
         chunked = drawn.cut(graph, chunk_id)

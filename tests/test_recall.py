@@ -326,9 +326,15 @@ def test_the_planner_measures_layers_with_their_late_gradients(
     assert [plan.late_gradient for plan in plans] == [0.5]
 
 
-def test_late_gradients_are_refused_where_rows_are_gathered() -> None:
+def test_late_gradients_are_refused_where_rows_are_gathered_unless_nobody_asked_for_them() -> None:
     with pytest.raises(UserError, match=r"`history.late_gradient` \(=0.5\) must be 0 for GATL"):
         pipeline(woven(), settings("gat", late_gradient=0.5))
+    for name, has_late in {"gat": False, "gcnii": True}.items():
+        config = settings(name, late_gradient=None)
+        assert config.late_gradient == 0.5
+        run = pipeline(woven(), config, striped(woven(), 4))
+        tables = tables_of(run).values()
+        assert [table.late is not None for table in tables] == [has_late] * len(tables)
 
 
 # --- checkpoints, mistakes
@@ -384,10 +390,6 @@ def test_memory_of_what_is_kept_is_counted() -> None:
         (
             ["history.late_gradient=1", "history.late_gradient_momentum=1"],
             r"`history.late_gradient_momentum` \(=1.0\) must be at least 0 and below 1",
-        ),
-        (
-            ["history.late_gradient_momentum=0.5"],
-            r"`history.late_gradient_momentum` \(=0.5\) needs `history.late_gradient` above 0",
         ),
         (["history.max_drift=-1"], r"`history.max_drift` \(=-1.0\) must be at least 0"),
         (
