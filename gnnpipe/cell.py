@@ -92,6 +92,8 @@ class Cells(NamedTuple):
     whole: Cell
     mirror_id: Tensor
     """Original ids of all in-mirrors, int64."""
+    out_mirror_id: Tensor
+    """The same of out-mirrors."""
 
     def at(self, chunk_index: int) -> Cell:
         """The cell of a chunk, or of :data:`WHOLE`."""
@@ -122,7 +124,8 @@ def build_cells(
     """
     builder = _Builder(graph, operator, dtype, device, backend)
     chunks = [builder.cell(c, c + 1) for c in range(graph.num_chunks)]
-    return Cells(chunks, builder.whole(), torch.from_numpy(graph.node_id[graph.num_rows :]))
+    ids = graph.node_id[graph.num_rows :], graph.out_mirror_id
+    return Cells(chunks, builder.whole(), *(torch.from_numpy(each) for each in ids))
 
 
 class _Builder:

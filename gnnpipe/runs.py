@@ -41,6 +41,7 @@ from gnnpipe.stage import LocalLayer
 from gnnpipe.state import (
     history_state,
     load_history,
+    load_late_mirrors,
     load_mirrors,
     load_model_state,
     load_moments,
@@ -446,6 +447,7 @@ class PipelineRun:
         load_recall(local, shards)
         if table.late is not None:
             self._comm.pull(table.late.rows, cell.out_exchanges)()
+            load_late_mirrors(local, shards, self._comm.mesh.place(self.rank))
 
     @property
     def _local(self) -> list[LocalLayer]:

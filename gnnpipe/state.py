@@ -5,7 +5,8 @@ beside ``node_id``), ``moments.{i}.{norm}`` (sums over each chunk's rows), ``ear
 ``slope.{i}`` where histories are predicted, ``late.{i}`` where gradients are kept. Weights, their
 optimizer's moments and norms' are equal on all ways, so way 0 writes them; each way writes the
 rows that it owns. Mirrors are copies: they are pulled again from their owners, unless messages
-round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}``.
+round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}`` of values and
+``late_mirrors.{i}.{way}of{ways}`` of kept gradients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,7 +112,7 @@ def load_history(local: LocalLayer, shards: Shards) -> None:
 
 
 def mirror_state(layers: Iterable[LocalLayer], place: str) -> dict[str, Tensor]:
-    """The historical values of this way's mirrors, by layer, and whose they are.
+    """What this way's mirrors hold from epoch to epoch, by layer, and whose they are.
 
     Args:
         layers: of this rank.
@@ -123,11 +124,16 @@ def mirror_state(layers: Iterable[LocalLayer], place: str) -> dict[str, Tensor]:
             rows = local.cells.whole.in_mirrors
             tensors[f"mirrors.{local.layer_index}.{place}"] = local.table.historical[rows]
             tensors[f"mirror_id.{place}"] = local.cells.mirror_id
+            if local.table.late is not None:
+                late = local.table.late.rows[local.cells.whole.out_mirrors]
+                tensors[f"late_mirrors.{local.layer_index}.{place}"] = late
+                tensors[f"out_mirror_id.{place}"] = local.cells.out_mirror_id
     return tensors
 
 
 def load_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
-    """Overwrites the mirrors of one layer by those that a checkpoint has of the very nodes."""
+    """Overwrites the mirrors of one layer's values by those that a checkpoint has of the very
+    nodes."""
     assert local.table is not None
     name, own = f"mirrors.{local.layer_index}.{place}", local.cells.mirror_id
     if name in shards and torch.equal(shards.tensor(f"mirror_id.{place}"), own):
@@ -135,14 +141,27 @@ def load_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
         values[local.cells.whole.in_mirrors] = shards.tensor(name).to(values)
 
 
+def load_late_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
+    """The same of the kept gradients, if there are any."""
+    assert local.table is not None
+    late, name = local.table.late, f"late_mirrors.{local.layer_index}.{place}"
+    own = local.cells.out_mirror_id
+    is_known = name in shards and torch.equal(shards.tensor(f"out_mirror_id.{place}"), own)
+    if late is not None and is_known:
+        late.rows[local.cells.whole.out_mirrors] = shards.tensor(name).to(late.rows)
+
+
 def load_recall(local: LocalLayer, shards: Shards) -> None:
-    """Overwrites what a layer's table remembers beside its last values."""
+    """Overwrites what a layer's table remembers beside its last values.
+
+    A branch may remember more than its checkpoint does; that starts anew.
+    """
     assert local.table is not None
     recall, index = local.table.recall, local.layer_index
     cell, late = local.cells.whole, local.table.late
-    if late is not None:
+    if late is not None and f"late.{index}" in shards:
         late.rows[cell.rows] = shards.rows(f"late.{index}", cell.node_id).to(late.rows)
-    if recall is not None and recall.before is not None:
+    if recall is not None and recall.before is not None and f"earlier.{index}" in shards:
         rows = shards.rows(f"earlier.{index}", cell.node_id)
         recall.before.copy_(rows)
         recall.slope = float(shards.tensor(f"slope.{index}"))

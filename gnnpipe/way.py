@@ -54,6 +54,8 @@ class WayGraph(NamedTuple):
     """New id of each own row, ``[num_rows]``, int64."""
     node_id: Array
     """Original id of each own row, then of each in-mirror, int64."""
+    out_mirror_id: Array
+    """Original id of each out-mirror, int64."""
     incoming: Adjacency
     """Rows are targets, columns their sources."""
     outgoing: Adjacency
@@ -103,13 +105,15 @@ def way_graph(chunked: ChunkedGraph, *, way: int, num_ways: int) -> WayGraph:
     out_table = np.concatenate((row_id, out_mirrors.row_id))
     into = scales(chunked, in_table)
     out_of = into if is_symmetric else scales(chunked, out_table)
+    node_id = np.asarray(chunked.node_id)
     return WayGraph(
         way=way,
         num_ways=num_ways,
         num_chunks=chunked.num_chunks,
         chunk_ptr=chunk_ptr,
         row_id=row_id,
-        node_id=np.asarray(chunked.node_id)[in_table],
+        node_id=node_id[in_table],
+        out_mirror_id=node_id[out_mirrors.row_id],
         incoming=incoming,
         outgoing=outgoing,
         in_mirrors=in_mirrors,

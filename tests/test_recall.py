@@ -360,6 +360,17 @@ def test_what_is_remembered_survives_a_restart(options: list[str], tmp_path: Pat
         assert losses_in(tmp_path / str(epoch)) == losses_in(tmp_path / "whole")
 
 
+def test_a_branch_starts_anew_what_its_checkpoint_does_not_remember(tmp_path: Path) -> None:
+    write_ring(tmp_path)
+    train_on(ring_run(tmp_path, tmp_path / "plain", "history.late_gradient=0"))
+    more = ["history.late_gradient=0.5", "history.dropout=false", "history.predict=linear"]
+    more += ["training.epochs=10", f"checkpoint.resume={tmp_path / 'plain'}"]
+    train_on(ring_run(tmp_path, tmp_path / "branch", *more))
+    whole, branch = losses_in(tmp_path / "plain"), losses_in(tmp_path / "branch")
+    assert branch[: len(whole)] == whole
+    assert len(branch) == 10
+
+
 def test_refresh_that_is_due_survives_a_restart(tmp_path: Path) -> None:
     write_ring(tmp_path)
     options = ["history.refresh_every=3", "training.eval_every=100"]

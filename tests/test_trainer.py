@@ -137,7 +137,7 @@ def test_metrics_have_one_object_per_epoch(finished: Path) -> None:
 
 
 def test_tables_hold_what_their_shapes_say(finished: Path) -> None:
-    table_bytes = 2 * NUM_NODES * 8 * 4  # values and gradients, 8 channels, float32
+    table_bytes = 3 * NUM_NODES * 8 * 4  # values, gradients, late ones; 8 channels, float32
     # All nodes have two readers: of 2 strata sums of 3 chunks, drift, debts, and one chunk's.
     table_bytes += (3 + 3) * 2 * 8 * 4
     for record in read_metrics(finished / "metrics.jsonl"):
