@@ -203,8 +203,8 @@ class _StageBuilder:
         if plan.is_trained and not plan.keeping.is_plain:
             keeping, period = plan.keeping, plan.period
             recall = Recall(*sizes, like=self._like, keeping=keeping, period=period)
-        late, is_late = None, plan.is_trained and plan.late_gradient > 0 and not is_gather
-        if is_late and len(cells.chunks) > 1:  # One chunk reads no history.
+        late, reads_history = None, len(cells.chunks) > 1
+        if plan.is_trained and plan.late_gradient > 0 and reads_history and not is_gather:
             late = LateGradients(
                 num_gradients,
                 layer.table_channels,

@@ -41,7 +41,6 @@ from gnnpipe.stage import LocalLayer
 from gnnpipe.state import (
     history_state,
     load_history,
-    load_late_mirrors,
     load_mirrors,
     load_model_state,
     load_moments,
@@ -442,12 +441,11 @@ class PipelineRun:
         load_history(local, shards)
         # Own rows -> the ways that mirror them.
         self._comm.pull(table.values, cell.in_exchanges)()
+        if table.late is not None:
+            self._comm.pull(table.late.rows, cell.out_exchanges)()
         load_mirrors(local, shards, self._comm.mesh.place(self.rank))
         table.warm()
         load_recall(local, shards)
-        if table.late is not None:
-            self._comm.pull(table.late.rows, cell.out_exchanges)()
-            load_late_mirrors(local, shards, self._comm.mesh.place(self.rank))
 
     @property
     def _local(self) -> list[LocalLayer]:

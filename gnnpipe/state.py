@@ -9,7 +9,7 @@ round; then what a way has received is its own, ``mirrors.{i}.{way}of{ways}`` of
 ``late_mirrors.{i}.{way}of{ways}`` of kept gradients.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +104,16 @@ def load_moments(layers: Iterable[LocalLayer], shards: Shards) -> None:
 
 
 def load_history(local: LocalLayer, shards: Shards) -> None:
-    """Overwrites the historical values of this way's own rows of one layer."""
+    """Overwrites the historical values and kept gradients of this way's own rows of one layer.
+
+    A branch may keep gradients where its checkpoint has none; they start anew.
+    """
     assert local.table is not None
-    cell = local.cells.whole
-    rows = shards.rows(f"history.{local.layer_index}", cell.node_id)
+    cell, late, index = local.cells.whole, local.table.late, local.layer_index
+    rows = shards.rows(f"history.{index}", cell.node_id)
     local.table.values[cell.rows] = rows.to(local.table.values)
+    if late is not None and f"late.{index}" in shards:
+        late.rows[cell.rows] = shards.rows(f"late.{index}", cell.node_id).to(late.rows)
 
 
 def mirror_state(layers: Iterable[LocalLayer], place: str) -> dict[str, Tensor]:
@@ -121,48 +126,39 @@ def mirror_state(layers: Iterable[LocalLayer], place: str) -> dict[str, Tensor]:
     tensors = {}
     for local in layers:
         if local.table is not None:
-            rows = local.cells.whole.in_mirrors
-            tensors[f"mirrors.{local.layer_index}.{place}"] = local.table.historical[rows]
-            tensors[f"mirror_id.{place}"] = local.cells.mirror_id
-            if local.table.late is not None:
-                late = local.table.late.rows[local.cells.whole.out_mirrors]
-                tensors[f"late_mirrors.{local.layer_index}.{place}"] = late
-                tensors[f"out_mirror_id.{place}"] = local.cells.out_mirror_id
+            for kind, rows, node_id in _mirrors(local, local.table.historical):
+                tensors[f"{kind}mirrors.{local.layer_index}.{place}"] = rows
+                tensors[f"{kind}mirror_id.{place}"] = node_id
     return tensors
 
 
 def load_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
-    """Overwrites the mirrors of one layer's values by those that a checkpoint has of the very
-    nodes."""
+    """Overwrites the mirrors of one layer by those that a checkpoint has of the very nodes."""
     assert local.table is not None
-    name, own = f"mirrors.{local.layer_index}.{place}", local.cells.mirror_id
-    if name in shards and torch.equal(shards.tensor(f"mirror_id.{place}"), own):
-        values = local.table.values
-        values[local.cells.whole.in_mirrors] = shards.tensor(name).to(values)
+    for kind, rows, node_id in _mirrors(local, local.table.values):
+        name = f"{kind}mirrors.{local.layer_index}.{place}"
+        if name in shards and torch.equal(shards.tensor(f"{kind}mirror_id.{place}"), node_id):
+            rows.copy_(shards.tensor(name))
 
 
-def load_late_mirrors(local: LocalLayer, shards: Shards, place: str) -> None:
-    """The same of the kept gradients, if there are any."""
+def _mirrors(local: LocalLayer, values: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Kind, rows and nodes of the mirrors of a layer's values and of its kept gradients."""
     assert local.table is not None
-    late, name = local.table.late, f"late_mirrors.{local.layer_index}.{place}"
-    own = local.cells.out_mirror_id
-    is_known = name in shards and torch.equal(shards.tensor(f"out_mirror_id.{place}"), own)
-    if late is not None and is_known:
-        late.rows[local.cells.whole.out_mirrors] = shards.tensor(name).to(late.rows)
+    cells, late = local.cells, local.table.late
+    yield "", values[cells.whole.in_mirrors], cells.mirror_id
+    if late is not None:
+        yield "late_", late.rows[cells.whole.out_mirrors], cells.out_mirror_id
 
 
 def load_recall(local: LocalLayer, shards: Shards) -> None:
     """Overwrites what a layer's table remembers beside its last values.
 
-    A branch may remember more than its checkpoint does; that starts anew.
+    A branch may predict where its checkpoint does not; that starts anew.
     """
     assert local.table is not None
     recall, index = local.table.recall, local.layer_index
-    cell, late = local.cells.whole, local.table.late
-    if late is not None and f"late.{index}" in shards:
-        late.rows[cell.rows] = shards.rows(f"late.{index}", cell.node_id).to(late.rows)
     if recall is not None and recall.before is not None and f"earlier.{index}" in shards:
-        rows = shards.rows(f"earlier.{index}", cell.node_id)
+        rows = shards.rows(f"earlier.{index}", local.cells.whole.node_id)
         recall.before.copy_(rows)
         recall.slope = float(shards.tensor(f"slope.{index}"))
 
