@@ -17,7 +17,7 @@ VECTOR_BYTES = 64
 """Bytes of one vector; machines with narrower registers split it."""
 MAX_VECTORS = 8
 """Vectors of a row that are summed at a time."""
-ENTRIES_AHEAD = 4
+ENTRIES_AHEAD = 16
 """How far ahead table rows are fetched."""
 
 _I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
@@ -61,6 +61,7 @@ class _Row:
         ]
         self.table: Any
         self.out: Any
+        self.indices: Any
         self.table, self.out, self.indices, self.weight, self.col_scale, self.gate = arrays
         entries, self.row, columns, head = values[7:]
         self.start, self.end = cgutils.unpack_tuple(builder, entries, 2)
@@ -126,7 +127,8 @@ class _Row:
     def _fetch_ahead(self, entry: Any) -> None:
         builder = self.builder
         ahead = builder.add(entry, ir.Constant(_I64, ENTRIES_AHEAD))
-        ahead = builder.select(builder.icmp_signed("<", ahead, self.end), ahead, entry)
+        num_entries = builder.extract_value(self.indices.shape, 0)
+        ahead = builder.select(builder.icmp_signed("<", ahead, num_entries), ahead, entry)
         j = builder.zext(self._at(self.indices, ahead), _I64)
         base = builder.add(builder.mul(j, self.table_width), self.column)
         pointer = ir.PointerType(_I8)
