@@ -19,6 +19,7 @@ from gnnpipe.costs import load_profile
 from gnnpipe.engine import Engine
 from gnnpipe.mesh import Mesh
 from gnnpipe.metrics import time_shares
+from gnnpipe.optimizer import Updates, make_optimizer
 from gnnpipe.reports import Reports
 from gnnpipe.setting import Setting
 from gnnpipe.world import World, join, make_groups
@@ -75,7 +76,7 @@ class Emulation:
         self._comm = kind(mesh, world.rank, groups=groups, like=like, timeout_s=TIMEOUT_S)
         self._engine = self._build(config, setting, sizes, partition)
         parameters = [p for stage in self._engine.stages.values() for p in stage.parameters]
-        optimizer = torch.optim.Adam(parameters, foreach=False)
+        optimizer = make_optimizer(parameters, Updates())
         self._step: Callable[[], object] = optimizer.step
         self._dilation = K or 1.0
         if K is not None:

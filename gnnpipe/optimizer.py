@@ -40,8 +40,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], updates: Updates) -> torc
 
 def _rule(parameters: Iterable[nn.Parameter], updates: Updates) -> torch.optim.Optimizer:
     groups: Any = [{"params": list(parameters)}]
-    # foreach would fuse parameters across layers, and so depend on the cut into stages.
-    rates: Any = {"lr": updates.lr, "weight_decay": updates.weight_decay, "foreach": False}
+    # Fused: one kernel for all of a parameter's numbers, each on its own, so neither the cut into
+    # stages nor the number of threads changes a bit.
+    rates: Any = {"lr": updates.lr, "weight_decay": updates.weight_decay, "fused": True}
     match updates.optimizer:
         case "sgd":
             return torch.optim.SGD(groups, momentum=updates.momentum, **rates)
@@ -53,15 +54,17 @@ def _rule(parameters: Iterable[nn.Parameter], updates: Updates) -> torch.optim.O
 
 @torch.no_grad()
 def _average(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if "average" not in state:
-                state["average"] = torch.zeros_like(parameter)
-                state["average_steps"] = torch.zeros((), dtype=torch.float64)
-            state["average_steps"] += 1
-            share = (1.0 - decay) / (1.0 - decay ** float(state["average_steps"]))
-            state["average"].lerp_(parameter, share)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not parameters:
+        return
+    states = [optimizer.state[parameter] for parameter in parameters]
+    for parameter, state in zip(parameters, states, strict=True):
+        if "average" not in state:
+            state["average"] = torch.zeros_like(parameter)
+            state["average_steps"] = torch.zeros((), dtype=torch.float64)
+        state["average_steps"] += 1
+    share = (1.0 - decay) / (1.0 - decay ** float(states[0]["average_steps"]))
+    torch._foreach_lerp_([state["average"] for state in states], parameters, share)
 
 
 @contextmanager

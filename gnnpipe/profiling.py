@@ -17,6 +17,7 @@ from gnnpipe.costs import ENTER, Line, Profile, role_of
 from gnnpipe.engine import Engine
 from gnnpipe.mesh import Mesh
 from gnnpipe.models.layer import Layer
+from gnnpipe.optimizer import Updates, make_optimizer
 from gnnpipe.stage import Flow, Stage
 
 NUM_ROUNDS = 3
@@ -75,7 +76,7 @@ def _run(
     engine = build_engine(graph, layers, plan=plan, comm=comm, like=like)
     stages = [engine.stages[index] for index in range(count)]
     parameters = [parameter for stage in stages for parameter in stage.parameters]
-    optimizer = torch.optim.Adam(parameters, foreach=False)
+    optimizer = make_optimizer(parameters, Updates())
     found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
     step_s = float("inf")
     for number in range(1 + NUM_ROUNDS):

@@ -44,8 +44,9 @@ class Affine(NamedTuple):
         """What the sums are multiplied with, ``[in_channels, out_channels]``."""
         if self.beta is None:
             return self.sums.t()
-        identity = torch.eye(len(self.sums), dtype=self.sums.dtype, device=self.sums.device)
-        return torch.lerp(identity, self.sums, self.beta)
+        mixed = self.sums * self.beta
+        mixed.diagonal().add_(1.0 - self.beta)
+        return mixed
 
 
 class Convolution(Layer):
