@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gnnpipe.cell import Cells
 from gnnpipe.counter import signed, stream_key
 from gnnpipe.history import Table
-from gnnpipe.kernels import drop_rows, keep_where, multiply, rectify
+from gnnpipe.kernels import keep_where, multiply, prepare_drop, rectify
 from gnnpipe.models.convolution import Affine
 from gnnpipe.reader import Halo, Reader, alias
 
@@ -159,16 +159,19 @@ class ByHand:
 
 
 class OnChunk:
-    """One layer on one chunk: what is the same in every epoch, and this one's mask."""
+    """One layer on one chunk: what is the same in every epoch, and this one's mask.
+
+    Whoever calls has autograd switched off.
+    """
 
     def __init__(self, by_hand: ByHand, chunk: int) -> None:
         table, shared = by_hand.table, by_hand.shared
         cell = by_hand.cells.at(chunk)
         self._by_hand = by_hand
-        self._cell = cell
         self._reader = Reader(table, cell, shared.halo, chunk=chunk, factor=shared.factor)
         self._values = alias(table.values, cell.rows)
         self._sums = alias(table.gradients, cell.rows)
+        self._drop = prepare_drop(cell.node_id, p=by_hand.dropout, like=self._sums)
         self._mask: Tensor | None = None
 
     @property
@@ -176,7 +179,6 @@ class OnChunk:
         """The chunk's own rows as neighbours read them."""
         return self._values.to(self._sums.dtype)
 
-    @torch.no_grad()
     def forward(self, x: Tensor, carried: Tensor | None, out: Tensor) -> Tensor:
         """Computes the layer.
 
@@ -189,8 +191,7 @@ class OnChunk:
         affine, is_half = hand.affine, hand.shared.is_half
         if hand.dropout:
             reader.keep(x)
-            node_id, place = self._cell.node_id, reader.own_rows(x)
-            x = drop_rows(x, node_id, p=hand.dropout, key=hand.key, out=place)
+            x = self._drop(x, hand.key, reader.own_rows(x))
         wait = reader.write(x)
         reader.sum(wait, self._sums)
         self._mix(carried)
@@ -204,7 +205,6 @@ class OnChunk:
         if carried is not None:
             self._sums.lerp_(carried, self._by_hand.affine.share)
 
-    @torch.no_grad()
     def backward(
         self,
         grad: Tensor,
@@ -244,10 +244,9 @@ class OnChunk:
         if affine.rows is not None:
             multiply(grad, affine.rows, out=out, base=out, is_half=is_half)
         if hand.dropout:
-            drop_rows(out, self._cell.node_id, p=hand.dropout, key=hand.key, out=out)
+            self._drop(out, hand.key, out)
         return out, to_carried
 
-    @torch.no_grad()
     def _add_weights(self, grad: Tensor, sums: Tensor) -> None:
         affine, is_half = self._by_hand.affine, self._by_hand.shared.is_half
         if affine.bias is not None and affine.bias.requires_grad:

@@ -203,16 +203,26 @@ class Reader:
         def wait_and_show() -> None:
             wait()
             if mirrors.stop > mirrors.start:
-                late.show(gradients, mirrors)
+                self._show_mirrors()
 
         pay = self.owe(gradients[own], late.rows[own])
-        late.show(gradients, own)
+        self._show_own()
         dx = self._backward(wait_and_show, out)
         pay(dx)
         if self.factor != 1.0:  # From here on these rows are read by other chunks only.
             for rows in (own, mirrors):
                 late.rows[rows] *= self.factor
         return dx
+
+    @cached_property
+    def _show_own(self) -> Callable[[], object]:
+        assert self.table.late is not None
+        return self.table.late.prepare_show(self.table.gradients, self.cell.rows)
+
+    @cached_property
+    def _show_mirrors(self) -> Callable[[], object]:
+        assert self.table.late is not None
+        return self.table.late.prepare_show(self.table.gradients, self.cell.out_mirrors)
 
     @cached_property
     def _own_rows(self) -> Tensor:

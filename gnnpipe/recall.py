@@ -15,10 +15,13 @@ The slope is fitted by least squares to what the epoch before would have needed,
 clamped to [0, 1]: 0 is the plain history, 1 repeats the last change.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gnnpipe.kernels import prepare_show
 
 
 class Keeping(NamedTuple):
@@ -146,26 +149,21 @@ class LateGradients:
         self.rows = like.new_zeros((num_rows, channels))
         self._factor = factor
         self._momentum = momentum
-        self._share = like.new_ones(())  # A tensor, so that captured kernels read it.
+        self._share = like.new_ones(1)  # A tensor, so that captured kernels read it.
 
     def start_epoch(self, epoch: int) -> None:
         """Epochs count from 1."""
         self._share.fill_((1.0 - self._momentum) / (1.0 - self._momentum**epoch))
 
-    def show(self, gradients: Tensor, rows: slice) -> None:
-        """From here on readers see the step's own gradients of these rows.
+    def prepare_show(self, gradients: Tensor, rows: slice) -> Callable[[], object]:
+        """What makes readers see the step's own gradients of some rows.
 
         Args:
             gradients: those, ``[num_rows, channels]``; new late ones afterwards.
             rows: which.
         """
         own, seen = gradients[rows], self.rows[rows]
-        late = own if self._factor == 1.0 else own * self._factor
-        if self._momentum:
-            late = torch.lerp(seen, late, self._share)
-        seen.copy_(own)
-        if late is not own:
-            own.copy_(late)
+        return prepare_show(own, seen, factor=self._factor, share=self._share)
 
     def settle(self, gradients: Tensor, rows: slice) -> None:
         """Takes the new late gradients of rows that were shown, when the step has ended."""

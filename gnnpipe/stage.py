@@ -167,7 +167,8 @@ class Stage:
             return
         for cell in map(local.cells.at, self._done):
             for rows in (cell.rows, cell.out_mirrors):
-                local.table.late.settle(local.table.gradients, rows)
+                if rows.stop > rows.start:
+                    local.table.late.settle(local.table.gradients, rows)
 
     def end_epoch(self) -> None:
         """Ends the epoch in all tables."""
@@ -284,6 +285,7 @@ class Stage:
                 layer_done(part.layer_index)
         return Flow(dx, carried)
 
+    @torch.no_grad()
     def finish_backward(
         self, chunk_index: int, *, layer_done: Callable[[int], None] | None = None
     ) -> None:

@@ -10,6 +10,7 @@ matrices and gradients of the weights (:class:`gnnpipe.by_hand.ByHand`), which r
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from gnnpipe.by_hand import ByHand
@@ -63,6 +64,7 @@ class Stretch:
         inputs = [x, *self._read[chunk_index].values()]
         return self._run(("forward", chunk_index), work, inputs)[0]
 
+    @torch.no_grad()
     def _forward(self, chunk_index: int, x: Tensor, read: Mapping[str, Tensor]) -> Tensor:
         for hand in self.hands:
             with AskingFor("forward", f"activations of layer {hand.layer_index}"):
@@ -111,6 +113,7 @@ class Stretch:
                 layer_done(hand.layer_index)
         return dx
 
+    @torch.no_grad()
     def _backward(
         self,
         chunk_index: int,

@@ -4,8 +4,9 @@ numba on CPU; torch.sparse elsewhere and as the oracle of the tests.
 """
 
 from gnnpipe.kernels.attention import EdgeDrop, EdgeOrder, attend
-from gnnpipe.kernels.dropout import drop_rows, dropout_edges, dropout_rows, dropped_rows
+from gnnpipe.kernels.dropout import dropout_edges, dropout_rows, dropped_rows, prepare_drop
 from gnnpipe.kernels.largest import largest
+from gnnpipe.kernels.late import prepare_show
 from gnnpipe.kernels.product import HalfProducts, half_products_gain, multiply
 from gnnpipe.kernels.rectify import keep_where, rectify, relu
 from gnnpipe.kernels.sparse import RowBlock, SparseRows, aggregate, linear, prepare
@@ -26,7 +27,6 @@ __all__ = [
     "SparseRows",
     "aggregate",
     "attend",
-    "drop_rows",
     "dropout_edges",
     "dropout_rows",
     "dropped_rows",
@@ -38,8 +38,10 @@ __all__ = [
     "multiply",
     "prepare",
     "prepare_collect",
+    "prepare_drop",
     "prepare_move",
     "prepare_pay",
+    "prepare_show",
     "prepare_sum",
     "rectify",
     "relu",

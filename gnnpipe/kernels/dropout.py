@@ -4,6 +4,7 @@ Entry (row, column) stays when a 32-bit hash of (key, row id, column) is at leas
 the key folds (seed, epoch, layer, site). The mask is drawn again in the backward.
 """
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from gnnpipe.kernels import cpu, fallback
 from gnnpipe.kernels.sparse import SparseRows
+
+Drop = Callable[[Tensor, int | Tensor, Tensor | None], Tensor]
+"""Drops entries of rows by a key, into a place."""
 
 
 def _threshold(p: float) -> int:
@@ -32,28 +36,46 @@ def _apply(x: Tensor, ids: _Ids, p: float, key: int | Tensor, out: Tensor | None
         return torch.mul(x, factor, out=out)
     arrays = [part.numpy() for part in (x, *ids)]
     arguments = (np.uint64(int(key)), np.uint32(threshold), arrays[0].dtype.type(scale))
-    if out is x:
-        cpu.dropout_in_place(*arrays, *arguments, work=x.numel())
-        return x
     out = torch.empty_like(x) if out is None else out
     kernel = cpu.dropout_rows if len(ids) == 1 else cpu.dropout_edges
     kernel(*arrays, *arguments, out.numpy(), work=x.numel())
     return out
 
 
-def drop_rows(
-    x: Tensor, node_id: Tensor, *, p: float, key: int | Tensor, out: Tensor | None
-) -> Tensor:
-    """:func:`dropout_rows` of dense rows outside autograd.
+def prepare_drop(node_id: Tensor, *, p: float, like: Tensor) -> Drop:
+    """:func:`dropout_rows` of dense rows outside autograd, for the same nodes again and again.
+
+    Why: looking at tensors as numpy arrays takes as long as the rows of a small chunk do.
 
     Args:
-        x: ``[num_rows, F]``.
         node_id: original id of each row's node.
         p: probability of a zero.
-        key: unsigned; or the int64 with its bits on the rows' device, read when the kernel runs.
-        out: where to write; may be ``x``.
+        like: rows such as will be dropped out, ``[num_rows, F]``.
+
+    Returns:
+        Drops entries of rows by a key into the third argument, which may be the rows, or into a
+        new tensor. The key is unsigned; or the int64 with its bits on the rows' device, read when
+        the kernel runs.
     """
-    return _apply(x, _Ids((node_id,)), p, key, out)
+    ids = _Ids((node_id,))
+    if not cpu.owns(node_id):
+        return lambda x, key, out: _apply(x, ids, p, key, out)
+    places, threshold = node_id.numpy(), np.uint32(_threshold(p))
+    scale = like.numpy().dtype.type(1.0 / (1.0 - p))
+    copying, in_place = (
+        kernel.chosen(like.numel()) for kernel in (cpu.dropout_rows, cpu.dropout_in_place)
+    )
+
+    def run(x: Tensor, key: int | Tensor, out: Tensor | None) -> Tensor:
+        arguments = x.numpy(), places, np.uint64(int(key)), threshold, scale
+        if out is x:
+            in_place(*arguments)
+            return x
+        out = torch.empty_like(x) if out is None else out
+        copying(*arguments, out.numpy())
+        return out
+
+    return run
 
 
 class _Dropout(torch.autograd.Function):
