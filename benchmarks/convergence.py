@@ -40,6 +40,7 @@ from gnnpipe.configured import model_layers  # noqa: E402
 from gnnpipe.datasets import load_graph  # noqa: E402
 from gnnpipe.graph import Graph  # noqa: E402
 from gnnpipe.runs import PipelineRun  # noqa: E402
+from gnnpipe.shapes import gathers  # noqa: E402
 from gnnpipe.sources import merge  # noqa: E402
 from gnnpipe.world import World  # noqa: E402
 from partition import assign  # noqa: E402
@@ -227,7 +228,7 @@ def start(config: Config, graph: Graph, idea: Idea) -> Layerwise | Chunked:
     """The run of a variant; every seed has the same chunks."""
     wanted = config.partition
     chunk_id = _chunk_id(config.data.name, wanted.num_chunks, wanted.method)
-    sums = all(not layer.operator.startswith("edges") for layer in model_layers(config, graph))
+    sums = all(not gathers(layer.operator) for layer in model_layers(config, graph))
     knows = sums or idea == Idea()
     if wanted.num_chunks == 1 or config.training.steps_per_epoch > 1 or not knows:
         return Chunked(config, graph, chunk_id)

@@ -25,6 +25,7 @@ from gnnpipe.models.norm import NodeNorm
 from gnnpipe.moments import Moments
 from gnnpipe.recall import Keeping, LateGradients, Recall
 from gnnpipe.schedule import SCHEDULES, ScheduleName, split_layers
+from gnnpipe.shapes import gathers
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer, Stage
 from gnnpipe.store import private_map
@@ -195,7 +196,7 @@ class _StageBuilder:
         num_values = graph.num_rows + graph.in_mirrors.row_id.size
         # A gather sends gradients back to the mirrors that it read; an aggregation reads the
         # gradients of the targets of its own rows.
-        is_gather = layer.operator.startswith("edges")
+        is_gather = gathers(layer.operator)
         mirrors = graph.in_mirrors if is_gather else graph.out_mirrors
         num_gradients = graph.num_rows + mirrors.row_id.size
         plan, sizes = self._plan, (graph.num_rows, layer.table_channels)
@@ -245,7 +246,7 @@ class _StageBuilder:
         runs_again = plan.is_trained and plan.memory == "recompute"
         if not runs_again or not cells.are_closed:
             return None
-        key = layer.operator.startswith("edges"), layer.table_channels
+        key = gathers(layer.operator), layer.table_channels
         if key not in self._scratch:
             self._scratch[key] = self._like.new_zeros((num_rows, layer.table_channels))
         return self._scratch[key]

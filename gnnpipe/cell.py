@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gnnpipe.kernels import EdgeOrder, RowBlock
+from gnnpipe.shapes import gathers
 from gnnpipe.way import Adjacency, WayGraph, with_self_loops, without_self_loops
 
 Array = np.ndarray[Any, Any]
@@ -168,7 +169,7 @@ class _Builder:
         out_mirrors = self._mirror_rows(graph.out_mirrors.cell_ptr, first, last)
         forward = None if self.forward is None else self.forward.rows(start, end)
         backward = None if self.backward is None else self.backward.rows(start, end)
-        edges = self._edges(first, last) if self.operator.startswith("edges") else None
+        edges = self._edges(first, last) if gathers(self.operator) else None
         chunks = range(first, last)
         return Cell(
             place=(first, graph.way),

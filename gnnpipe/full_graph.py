@@ -16,6 +16,7 @@ from gnnpipe.graph import Graph
 from gnnpipe.models.gat import edge_softmax
 from gnnpipe.models.layer import NEGATIVE_SLOPE, EdgeValue, Operator, Rows
 from gnnpipe.models.norm import GraphNorm
+from gnnpipe.shapes import gathers
 
 _LOW_32 = (1 << 32) - 1
 
@@ -52,7 +53,7 @@ class FullGraph:
     def edge_index(self, operator: Operator) -> Tensor:
         """Sources and targets that ``gather`` gives, ``[2, E]``, sorted by target."""
         if operator not in self._edge_indices:
-            assert operator.startswith("edges"), operator
+            assert gathers(operator), operator
             edges = self._edges
             if operator in ("edges_self", "edges_gcn"):
                 edges = _with_self_loops(edges, self.num_nodes)

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gnnpipe.config import Config
-from gnnpipe.shapes import LayerShape, num_parameters
+from gnnpipe.shapes import LayerShape, gathers, num_parameters
 
 RECEIVES_AHEAD = 6
 """``inbox.RECEIVE_AHEAD``, which needs torch to import."""
@@ -239,7 +239,7 @@ def _recipe_numbers(layer: LayerShape, num_rows: int) -> int:
 
     Layers whose input lies in the table run by hand, and keep a bit of each number instead.
     """
-    halo = layer.table_channels if layer.operator.startswith("edges") else 0
+    halo = layer.table_channels if gathers(layer.operator) else 0
     if layer.input_lies_in_table:
         return num_rows * (halo + layer.out_channels // 32)
     return num_rows * (halo + layer.in_channels)
@@ -251,7 +251,7 @@ def _table_bytes(layers: Sequence[LayerShape], way: WayCounts, storage: Storage)
     for layer in layers:
         if layer.operator == "none":
             continue
-        is_gather = layer.operator.startswith("edges")
+        is_gather = gathers(layer.operator)
         mirrors = way.in_mirrors if is_gather else way.out_mirrors
         values += (way.num_rows + way.in_mirrors) * layer.table_channels
         numbers = (way.num_rows + mirrors) * layer.table_channels
@@ -281,7 +281,7 @@ def _adjacency_bytes(
             total += 8 * (rows + way.in_mirrors) + num_strata * element_bytes * rows
         loops = rows if operator in ("gcn", "edges_self", "edges_gcn") else 0
         edges = way.num_edges + loops
-        if operator.startswith("edges"):
+        if gathers(operator):
             # edge_index and both original ids, for the chunks and again for the whole way
             total += 2 * 32 * edges + 4 * edges
         else:

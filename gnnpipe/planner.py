@@ -22,7 +22,7 @@ from gnnpipe.schedule import (
     split_layers,
 )
 from gnnpipe.setting import GraphShape, Prediction, Setting, WayShape, alike
-from gnnpipe.shapes import LayerShape, num_parameters
+from gnnpipe.shapes import LayerShape, gathers, num_parameters
 from gnnpipe.volume import crossings, predict_comm_bytes
 
 
@@ -266,7 +266,7 @@ class Planner:
         line, sizes = self._on_ways(index, kind, setting)
         slowest = sorted(line.seconds(*size) for size in sizes)[-2:]
         hidden_s = (slowest[-1] - slowest[0]) / 2
-        if not self._layers[index].operator.startswith("edges"):
+        if not gathers(self._layers[index].operator):
             line = self._profile.lines[f"{role_of(index, len(self._layers))} F"]
             hidden_s += line.per_edge_s * self._chunk(setting)[1] * self._way(W).interior_share
         return max(0.0, travel_s - hidden_s)

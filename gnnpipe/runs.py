@@ -35,6 +35,7 @@ from gnnpipe.optimizer import (
 from gnnpipe.order import chunk_order
 from gnnpipe.recall import Keeping
 from gnnpipe.reports import Reports
+from gnnpipe.shapes import gathers
 from gnnpipe.shards import Shards
 from gnnpipe.shortage import AskingFor
 from gnnpipe.stage import LocalLayer
@@ -473,7 +474,7 @@ def _check_columns(layers: Sequence[Layer], every: int) -> None:
 def _check_sums(layers: Sequence[Layer], late_gradient: float) -> None:
     for layer in layers:
         rule = f"must be 0 for {type(layer).__name__}, which gathers its neighbours' rows"
-        is_right = not late_gradient or not layer.operator.startswith("edges")
+        is_right = not late_gradient or not gathers(layer.operator)
         way_out = "leave it out, or take a model that sums them"
         require(is_right, "history.late_gradient", late_gradient, f"{rule}; {way_out}")
 

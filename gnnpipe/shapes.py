@@ -38,6 +38,11 @@ class LayerShape(Protocol):
     def kept_numbers(self, num_rows: int, num_edges: int) -> int: ...
 
 
+def gathers(operator: str) -> bool:
+    """Whether layers of an operator collect their neighbours' rows instead of their sums."""
+    return operator.startswith("edges")
+
+
 def num_parameters(layers: Iterable[LayerShape]) -> int:
     """Parameters of some layers."""
     return sum(p.numel() for layer in layers for p in layer.parameters())

@@ -21,7 +21,7 @@ Depth does not enter the first two, the number of chunks only norms over all nod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gnnpipe.shapes import LayerShape, num_parameters
+from gnnpipe.shapes import LayerShape, gathers, num_parameters
 
 SUM_BYTES = 8
 """Of one number in the sums of a norm."""
@@ -123,7 +123,7 @@ def crossings(
 
 def _rows_per_layer(operator: str, mirrors: MirrorCounts) -> int:
     """Mirror rows that travel in one layer: to the readers, and their gradients."""
-    if operator.startswith("edges"):
+    if gathers(operator):
         return 2 * mirrors.incoming
     return mirrors.incoming + mirrors.outgoing
 

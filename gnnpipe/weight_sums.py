@@ -45,7 +45,7 @@ class WeightSums:
             gradients: complete on this way; not to be touched before :meth:`finish`.
             step: optimizer steps so far, and one; seeds random rounding.
         """
-        if self._comm.mesh.num_ways == 1 or not gradients:
+        if not gradients:
             return
         bucket = torch.cat([gradient.flatten() for gradient in gradients])
         if self._comm.formats.gradient == "fp32":
