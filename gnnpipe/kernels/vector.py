@@ -18,7 +18,7 @@ VECTOR_BYTES = 64
 MAX_VECTORS = 8
 """Vectors of a row that are summed at a time."""
 ENTRIES_AHEAD = 16
-"""How far ahead table rows are fetched."""
+"""How far ahead table rows are fetched: beyond the end of a row, as rows may have few entries."""
 
 _I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 
