@@ -5,7 +5,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,13 @@ def summary(groups: Groups) -> list[str]:
         "",
         "Test points at best validation, pipeline minus exact, paired by seed; the upper bound is "
         "the one-sided 95% bound of the mean by Student's t. Epochs: to 99% of exact's best "
-        "validation, mean over the seeds of both that got there, over exact's. By chance: the "
-        "worst difference of exact training to itself, each seed to the one before.",
+        "validation, over exact's own, median of the seeds, and how many never got there. By "
+        "chance: the same of exact training to itself, the worst difference of each seed to the "
+        "one before, and the epochs of each seed to the best of each other.",
         "",
         "| graph, model | C | variant | n | exact % | difference | upper bound | worst seed "
-        "| by chance | epochs ratio |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| by chance | epochs | by chance |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     pooled = []
     for (graph, model, layers, hidden, epochs), variants in sorted(groups.items()):
@@ -70,13 +71,16 @@ def summary(groups: Groups) -> list[str]:
             exact = [100 * plain[s]["test"] for s in seeds]
             name = f"{graph}, {model} {layers} x {hidden}, {epochs} epochs"
             worst = f"{min(pairs):.1f} | {worst_by_chance(exact):.1f}"
-            figures = f"{mean_of(exact)} | {mean_of(pairs)} | {upper_bound(pairs):.2f} | {worst}"
+            bound = f"{mean_of(pairs, digits=2)} | {upper_bound(pairs):.2f}"
+            own = [(cells[s], plain[s]) for s in seeds]
+            others = [(plain[a], plain[b]) for a, b in permutations(seeds, 2)]
             lines.append(
-                f"| {name} | {chunks} | {variant} | {len(seeds)} | {figures} "
-                f"| {epochs_ratio(cells, plain, seeds)} |"
+                f"| {name} | {chunks} | {variant} | {len(seeds)} | {mean_of(exact)} | {bound} "
+                f"| {worst} | {epochs_ratio(own)} | {epochs_ratio(others)} |"
             )
     if pooled:
-        lines += ["", f"All pairs of the default ({len(pooled)}): {mean_of(pooled)} points."]
+        mean = mean_of(pooled, digits=2)
+        lines += ["", f"All pairs of the default ({len(pooled)}): {mean} points."]
     return lines
 
 
@@ -91,16 +95,20 @@ def worst_by_chance(exact: Sequence[float]) -> float:
     return min(after - before for before, after in pairwise([exact[-1], *exact]))
 
 
-def epochs_ratio(cells: Mapping[int, Any], plain: Mapping[int, Any], seeds: Sequence[int]) -> str:
-    """Mean epochs to 99% of exact's best validation over exact's own, and who never got there."""
-    own = {s: epochs_to(cells[s]["curve"], plain[s]["val"]) for s in seeds}
-    there = [s for s in seeds if own[s] is not None]
-    missing = f", {len(seeds) - len(there)} not" if len(there) < len(seeds) else ""
-    if not there:
-        return "none there"
-    exact = [epochs_to(plain[s]["curve"], plain[s]["val"]) or math.nan for s in there]
-    mean = statistics.mean(own[s] or math.nan for s in there)
-    return f"{mean / statistics.mean(exact):.2f}{missing}"
+def epochs_ratio(pairs: Sequence[tuple[Any, Any]]) -> str:
+    """Epochs to 99% of a run's best validation over its own, and how many never got there.
+
+    Args:
+        pairs: cells that are to get there, and the cells with the best.
+    """
+    ratios = []
+    for cell, plain in pairs:
+        epoch, own = (epochs_to(each["curve"], plain["val"]) for each in (cell, plain))
+        assert own is not None
+        ratios.append(math.inf if epoch is None else epoch / own)
+    median, never = statistics.median(ratios), ratios.count(math.inf)
+    missing = f", {never} of {len(ratios)} not" if never else ""
+    return ("-" if math.isinf(median) else f"{median:.2f}") + missing
 
 
 def draw(found: Sequence[Mapping[str, Any]], directory: Path) -> None:
@@ -161,10 +169,12 @@ def row(chunks: int, variant: str, found: Mapping[int, Any], plain: Mapping[int,
     return "| " + " | ".join(map(str, [*cells_, f"{cpu_s:.0f}"])) + " |"
 
 
-def mean_of(values: Sequence[float]) -> str:
+def mean_of(values: Sequence[float], *, digits: int = 1) -> str:
     """Mean and standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.1f}" + (f" +- {error:.1f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def epochs_to(curve: Sequence[Sequence[float]], best_val: float) -> int | None:
