@@ -1,7 +1,8 @@
 """numba kernels for the CPU: rows are independent, so any number of threads gives the same bits.
 
 Each function is compiled twice, alone and in parallel, because a parallel region costs more
-than a small chunk. Compiled code is cached on disk beside this file.
+than a small chunk. Compiled code is cached on disk beside this file, and made anew when this file
+changes; after a change of vector.py alone empty ``__pycache__``.
 """
 
 from collections.abc import Callable
