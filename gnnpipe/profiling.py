@@ -71,7 +71,6 @@ def _run(
         cross_chunk_gradient=1.0,  # Another factor costs a pass over late gradients.
         strata=strata,
         late_gradient=late_gradient,
-        late_gradient_momentum=0.5,  # An average costs a little more than the last alone.
     )
     engine = build_engine(graph, layers, plan=plan, comm=comm, like=like)
     stages = [engine.stages[index] for index in range(count)]
